@@ -1,0 +1,3 @@
+from ssd.checkpoint.checkpointer import SSDCheckpointer
+
+__all__ = ["SSDCheckpointer"]

@@ -1,0 +1,184 @@
+"""The config keys of SSD: each with its unit, default and source.
+
+Only adds keys; a value of Detectron2's own that SSD needs otherwise (``MIN_SIZE_TEST``, the pixel
+mean, warm-up …) stands in ``labs/_base_/*.yaml``. The defaults here are SSD300 on COCO.
+"""
+
+import difflib
+import os
+from typing import Sequence
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+__all__ = ["add_ssd_config", "load_config"]
+
+
+def add_ssd_config(cfg: CN) -> None:
+    """Adds the keys of SSD to ``cfg`` in place. Existing keys keep their values."""
+    _add_model_keys(cfg)
+    _add_input_keys(cfg)
+    _add_run_keys(cfg)
+
+
+def _add_model_keys(cfg: CN) -> None:
+    ssd = cfg.MODEL.SSD = CN()
+    # (height, width) of the network's input in pixels; the only place where it stands.
+    ssd.INPUT_SIZE = [300, 300]
+    ssd.NUM_CLASSES = 80  # K foreground classes, any K >= 1; class K is the background
+
+    # The backbone that SSD extends: a name in BACKBONE_REGISTRY, and those of its outputs that
+    # the head reads (the last one also feeds the extra layers).
+    ssd.BOTTOM_UP = "build_vgg16_backbone"
+    ssd.IN_FEATURES = ["conv4_3", "fc7"]
+    ssd.L2_NORM_FEATURES = ["conv4_3"]  # ParseNet's L2Norm, initial scale 20 (paper, 3.1)
+    # One row per extra level: bottleneck channels, output channels, kernel, stride, padding.
+    ssd.EXTRA_LAYERS = [
+        [256, 512, 3, 2, 1],
+        [128, 256, 3, 2, 1],
+        [128, 256, 3, 1, 0],
+        [128, 256, 3, 1, 0],
+    ]
+    ssd.LITE = False  # depthwise-separable extra layers and predictions (MobileNetV2 paper, 6.2)
+    ssd.NORM = ""  # normalisation in extra layers and SSDLite's head: "", "BN", "SyncBN", …
+    ssd.ACTIVATION = "ReLU"  # in extra layers and SSDLite's head: a class name in torch.nn
+    ssd.CHANNELS_LAST = True  # memory format of the convolutions: the same results, faster
+
+    boxes = ssd.DEFAULT_BOXES = CN()
+    boxes.MIN_SIZES = [21.0, 45.0, 99.0, 153.0, 207.0, 261.0]  # pixels of the input, one per level
+    boxes.MAX_SIZE = 315.0  # of the last level; a level's max is the next one's min
+    boxes.ASPECT_RATIOS = [[2.0], [2.0, 3.0], [2.0, 3.0], [2.0, 3.0], [2.0], [2.0]]
+    # Distance of the centres in pixels, (y, x) or one number for both. Explicit since the
+    # released weights need 64, 100, 300 where 300 / 5 = 60. Empty: input size / map size.
+    boxes.STEPS = [8.0, 16.0, 32.0, 64.0, 100.0, 300.0]
+    boxes.CLIP = False  # clip the boxes to the image (Caffe and MMDetection don't)
+
+    matching = ssd.MATCHING = CN()
+    matching.IOU_THRESHOLD = 0.5
+    # Which default box an object takes first: "argmax", its best one, in order, a later object
+    # overwrites (MMDetection, torchvision), or "bipartite", greedily distinct ones (Caffe).
+    matching.BEST = "argmax"
+
+    loss = ssd.LOSS = CN()
+    loss.NEG_POS_RATIO = 3.0  # hard negatives per positive of an image
+    loss.NEGATIVES_WITHOUT_POSITIVES = 0  # hard negatives of an image without objects
+    # "image": sum over images of max(1, positives) (MMDetection);
+    # "batch": max(1, positives of the global batch) (Caffe, torchvision, lufficc).
+    loss.NORMALIZER = "image"
+    loss.SMOOTH_L1_BETA = 1.0
+    loss.BOX_WEIGHT = 1.0
+
+    ssd.BBOX_REG_WEIGHTS = [10.0, 10.0, 5.0, 5.0]  # 1 / variances of dx, dy, dw, dh
+    # Clamp of the decoded dw and dh at ln(1000/16): "both" ends (MMDetection), the "upper" one
+    # (torchvision), or "none" (Caffe, lufficc).
+    ssd.BBOX_REG_CLAMP = "both"
+    ssd.SCORE_THRESH_TEST = 0.02
+    # At most this many (box, class) pairs enter NMS, the best "per level" (MMDetection) or the
+    # best "per class" (Caffe, torchvision).
+    ssd.TOPK_CANDIDATES_TEST = 1000
+    ssd.TOPK_PER = "level"
+    ssd.NMS_THRESH_TEST = 0.45
+
+    vgg = cfg.MODEL.VGG = CN()
+    vgg.OUT_FEATURES = ["conv4_3", "fc7"]
+
+    mobilenet = cfg.MODEL.MOBILENET = CN()
+    mobilenet.WIDTH_MULT = 1.0
+    mobilenet.OUT_FEATURES = ["stage5", "conv2"]
+    mobilenet.NORM = "BN"
+
+    # Of every BatchNorm in the model; torch's momentum (the weight of the new batch).
+    cfg.MODEL.BATCH_NORM = CN({"EPS": 1e-5, "MOMENTUM": 0.1})
+
+
+def _add_input_keys(cfg: CN) -> None:
+    photo = cfg.INPUT.PHOTOMETRIC = CN({"ENABLED": True})
+    photo.PROB = 0.5  # of each of the four operations
+    photo.BRIGHTNESS = 32.0  # added to the 0-255 values: uniform in ±BRIGHTNESS
+    photo.CONTRAST = [0.5, 1.5]
+    photo.SATURATION = [0.5, 1.5]
+    photo.HUE = 18.0  # on OpenCV's 8-bit hue, that is ±36 degrees
+    photo.SWAP_CHANNELS_PROB = 0.0  # Caffe: 0; MMDetection, lufficc: 0.5 of a random order
+
+    expand = cfg.INPUT.EXPAND = CN({"ENABLED": True})
+    expand.PROB = 0.5
+    expand.MAX_RATIO = 4.0  # side of the canvas over the image's: uniform in 1 to MAX_RATIO
+
+    crop = cfg.INPUT.IOU_CROP = CN({"ENABLED": True})
+    # One of: keep the image, each of MIN_IOUS for at least one object (0: no bound).
+    crop.MIN_IOUS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
+    crop.SCALE = [0.3, 1.0]
+    crop.ASPECT_RATIO = [0.5, 2.0]
+    crop.TRIALS = 50  # per choice
+    # "torchvision": draw one choice, w and h uniform in SCALE, reject other aspects, and choose
+    # again after TRIALS; "caffe": scale and aspect drawn, choose among the choices that succeeded.
+    crop.SAMPLER = "caffe"
+
+
+def _add_run_keys(cfg: CN) -> None:
+    # Data sets named in YAML: {name: {FORMAT: coco | voc | shapes, ROOT: …, …}}; the keys of an
+    # entry are those of ssd.data.datasets.register_datasets.
+    cfg.DATASETS.REGISTER = CN(new_allowed=True)
+
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"  # or "float16" (with loss scaling, CUDA only)
+    # > 0: BASE_LR is meant for this global batch and scaled linearly to IMS_PER_BATCH.
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+
+    cfg.TEST.EVALUATORS = ["coco"]  # "coco" (AP …) and/or "voc" (mAP, 11-point and area)
+    cfg.TEST.IMS_PER_BATCH = 8  # of each process
+    cfg.TEST.BEST_METRIC = ""  # e.g. "bbox/AP50": keep model_best.pth by this metric
+    cfg.TEST.VIS_IMAGES = 0  # this many pictures of detections go to OUTPUT_DIR/detections
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+    """Reads a lab's config and registers the data sets that it names.
+
+    Args:
+        config_file: path of a YAML file; its ``_BASE_`` is followed.
+        opts: overrides as KEY VALUE pairs, as on the command line.
+
+    Returns:
+        the frozen config.
+
+    Raises:
+        KeyError: for a misspelt key, with the nearest existing ones.
+        FileNotFoundError: if there is no such file.
+        yaml.constructor.ConstructorError: if the YAML would run code; it is never executed.
+    """
+    from ssd.data.datasets import register_datasets
+
+    cfg = get_cfg()
+    add_ssd_config(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(
+                f"--config-file {config_file!r} does not exist (current folder: {os.getcwd()})"
+            )
+        _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False), config_file)
+    _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    register_datasets(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _merge(cfg: CN, merge, source: str) -> None:
+    try:
+        merge()
+    except (KeyError, AssertionError) as error:
+        # yacs: "Non-existent config key: A.B" (file) or "Non-existent key: A.B" (list)
+        text = str(error.args[0]) if error.args else ""
+        if "Non-existent" not in text:
+            raise
+        key = text.rsplit(" ", 1)[-1]
+        near = difflib.get_close_matches(key, _flat_keys(cfg), n=3, cutoff=0.7)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise KeyError(f"unknown config key {key} in {source}{hint}") from None
+
+
+def _flat_keys(cfg: CN, prefix: str = "") -> list:
+    keys = []
+    for key, value in cfg.items():
+        keys.append(prefix + key)
+        if isinstance(value, CN):
+            keys += _flat_keys(value, prefix + key + ".")
+    return keys

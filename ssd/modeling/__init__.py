@@ -1,0 +1,20 @@
+from ssd.modeling.default_boxes import DefaultBoxGenerator
+from ssd.modeling.extra_layers import L2Norm, SSDBackbone, build_ssd_backbone
+from ssd.modeling.head import SSDHead, SSDLiteHead
+from ssd.modeling.mobilenet import MobileNetV2, build_mobilenetv2_backbone
+from ssd.modeling.ssd import SSD
+from ssd.modeling.vgg import VGG16, build_vgg16_backbone
+
+__all__ = [
+    "DefaultBoxGenerator",
+    "L2Norm",
+    "MobileNetV2",
+    "SSD",
+    "SSDBackbone",
+    "SSDHead",
+    "SSDLiteHead",
+    "VGG16",
+    "build_mobilenetv2_backbone",
+    "build_ssd_backbone",
+    "build_vgg16_backbone",
+]

@@ -1,0 +1,127 @@
+"""Default boxes (SSD paper, section 2.1 and 2.2)."""
+
+import math
+from typing import List, Sequence, Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+__all__ = ["DefaultBoxGenerator"]
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class DefaultBoxGenerator(nn.Module):
+    """Makes the default boxes of every level: XYXY in pixels of the network's input.
+
+    The A shapes of a cell are, in this order: the square of side ``min``, the square of side
+    ``sqrt(min * max)``, and for each aspect ratio r the wide box ``(min * sqrt(r), min / sqrt(r))``
+    and the tall one. A box is centred at ``((x + 0.5) * step, (y + 0.5) * step)``. The order of
+    boxes is level, row, column, shape.
+
+    Attributes:
+        num_anchors: A of each level (the name that Detectron2's heads expect).
+    """
+
+    box_dim = 4
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_size: Tuple[int, int],
+        min_sizes: Sequence[float],
+        max_size: float,
+        aspect_ratios: Sequence[Sequence[float]],
+        steps: Sequence = (),
+        clip: bool = False,
+    ):
+        """
+        Args:
+            input_size: (height, width) of the network's input in pixels.
+            min_sizes: side of the smaller square of each level, in pixels.
+            max_size: the ``max`` of the last level; another level's is the next level's ``min``.
+            aspect_ratios: of each level, each greater than 1.
+            steps: of each level, in pixels: one number, or (y, x); empty: input size / map size.
+            clip: whether boxes are clipped to the input.
+        """
+        super().__init__()
+        levels = len(min_sizes)
+        for key, values in (("ASPECT_RATIOS", aspect_ratios), ("STEPS", steps)):
+            if len(values) != levels and not (key == "STEPS" and len(values) == 0):
+                raise ValueError(
+                    f"MODEL.SSD.DEFAULT_BOXES.{key} has {len(values)} levels, MIN_SIZES {levels}"
+                )
+        sizes = [float(size) for size in min_sizes] + [float(max_size)]
+        if any(low <= 0 or high <= low for low, high in zip(sizes, sizes[1:])):
+            raise ValueError(
+                "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES followed by MAX_SIZE must be positive and "
+                f"increasing, got {sizes}"
+            )
+        self.input_size = tuple(input_size)
+        self.steps = [tuple(s) if isinstance(s, (list, tuple)) else (s, s) for s in steps]
+        self.clip = clip
+        self.shapes = [
+            _cell_shapes(low, high, ratios)
+            for low, high, ratios in zip(sizes, sizes[1:], aspect_ratios)
+        ]
+        self.num_anchors = [len(shapes) for shapes in self.shapes]
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: List[ShapeSpec]):
+        boxes = cfg.MODEL.SSD.DEFAULT_BOXES
+        if len(input_shape) != len(boxes.MIN_SIZES):
+            raise ValueError(
+                f"MODEL.SSD.DEFAULT_BOXES.MIN_SIZES has {len(boxes.MIN_SIZES)} levels, but "
+                f"MODEL.SSD.IN_FEATURES and EXTRA_LAYERS make {len(input_shape)}"
+            )
+        return {
+            "input_size": cfg.MODEL.SSD.INPUT_SIZE,
+            "min_sizes": boxes.MIN_SIZES,
+            "max_size": boxes.MAX_SIZE,
+            "aspect_ratios": boxes.ASPECT_RATIOS,
+            "steps": boxes.STEPS,
+            "clip": boxes.CLIP,
+        }
+
+    def per_level(self, map_sizes: Sequence[Tuple[int, int]]) -> List[Tensor]:
+        """Default boxes of feature maps of the given (height, width): one (H*W*A, 4) a level."""
+        if len(map_sizes) != len(self.shapes):
+            raise ValueError(f"{len(map_sizes)} feature maps, but {len(self.shapes)} levels of "
+                             "MODEL.SSD.DEFAULT_BOXES")
+        boxes = []
+        for level, ((rows, columns), shapes) in enumerate(zip(map_sizes, self.shapes)):
+            if self.steps:
+                step_y, step_x = self.steps[level]
+            else:
+                step_y, step_x = self.input_size[0] / rows, self.input_size[1] / columns
+            y = (torch.arange(rows, dtype=torch.float64) + 0.5) * step_y
+            x = (torch.arange(columns, dtype=torch.float64) + 0.5) * step_x
+            center = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flip(-1)
+            center = center[:, :, None, :]  # (H, W, 1, 2), x before y
+            half = torch.tensor(shapes, dtype=torch.float64) / 2
+            level_boxes = torch.cat([center - half, center + half], dim=-1).reshape(-1, 4)
+            if self.clip:
+                height, width = self.input_size
+                limit = torch.tensor([width, height, width, height], dtype=torch.float64)
+                level_boxes = level_boxes.clamp(min=0).minimum(limit)
+            boxes.append(level_boxes.float())
+        return boxes
+
+    def forward(self, features: List[Tensor]) -> List[Boxes]:
+        """As Detectron2's anchor generators: feature maps (N, C, H, W) to ``Boxes`` per level."""
+        boxes = self.per_level([tuple(feature.shape[-2:]) for feature in features])
+        return [Boxes(level.to(features[0].device)) for level in boxes]
+
+
+def _cell_shapes(min_size: float, max_size: float, ratios: Sequence[float]) -> List[Tuple]:
+    """(width, height) of the shapes of one cell, in the order that the released weights need."""
+    middle = math.sqrt(min_size * max_size)
+    shapes = [(min_size, min_size), (middle, middle)]
+    for ratio in ratios:
+        long, short = min_size * math.sqrt(ratio), min_size / math.sqrt(ratio)
+        shapes += [(long, short), (short, long)]
+    return shapes

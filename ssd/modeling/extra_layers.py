@@ -1,0 +1,154 @@
+"""The backbone of an SSD: any backbone, L2Norm and extra layers (SSD paper, section 2.1)."""
+
+from typing import Dict, Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+__all__ = ["L2Norm", "SSDBackbone", "build_ssd_backbone"]
+
+
+class L2Norm(nn.Module):
+    """Channel-wise L2 normalisation with a learned scale per channel (ParseNet, 1506.04579)."""
+
+    def __init__(self, channels: int, scale: float = 20.0, eps: float = 1e-10):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), scale))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape; computed in float32 also under autocast."""
+        values = x.float()
+        norm = values.square().sum(dim=1, keepdim=True).sqrt() + self.eps
+        return (self.weight[None, :, None, None] * values / norm).to(x.dtype)
+
+
+class SSDBackbone(Backbone):
+    """A bottom-up backbone whose last feature map is reduced further by extra layers.
+
+    Outputs the chosen maps of ``bottom_up``, L2-normalised where asked for, and ``extra1``,
+    ``extra2``, … Each extra layer is a 1×1 bottleneck and a strided convolution; in a "lite" one
+    the latter is depthwise and followed by a 1×1 convolution (SSDLite).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        bottom_up: Backbone,
+        in_features: Sequence[str],
+        extra_layers: Sequence[Sequence[int]] = (),
+        l2_norm_features: Sequence[str] = (),
+        lite: bool = False,
+        norm: str = "",
+        activation: str = "ReLU",
+    ):
+        """
+        Args:
+            bottom_up: any Detectron2 backbone.
+            in_features: names of its outputs to use; the last one feeds the extra layers.
+            extra_layers: (bottleneck channels, output channels, kernel, stride, padding) of each.
+            l2_norm_features: those of ``in_features`` that are L2-normalised.
+            lite, norm, activation: the kind of extra layers; see ``MODEL.SSD``.
+        """
+        super().__init__()
+        shapes = bottom_up.output_shape()
+        for key, names, allowed in (
+            ("IN_FEATURES", in_features, list(shapes)),
+            ("L2_NORM_FEATURES", l2_norm_features, list(in_features)),
+        ):
+            unknown = [name for name in names if name not in allowed]
+            if unknown:
+                raise ValueError(f"MODEL.SSD.{key}: no feature {unknown} in {allowed}")
+        if not in_features:
+            raise ValueError("MODEL.SSD.IN_FEATURES is empty")
+        self.bottom_up = bottom_up
+        self.in_features = list(in_features)
+        self.l2_norm = nn.ModuleDict(
+            {name: L2Norm(shapes[name].channels) for name in l2_norm_features}
+        )
+        self._out_feature_channels = {name: shapes[name].channels for name in in_features}
+        self._out_feature_strides = {name: shapes[name].stride for name in in_features}
+        channels, stride = shapes[in_features[-1]].channels, shapes[in_features[-1]].stride
+
+        self.extra_layers = nn.ModuleList()
+        for number, row in enumerate(extra_layers, 1):
+            if len(row) != 5:
+                raise ValueError(
+                    "MODEL.SSD.EXTRA_LAYERS: a row is [bottleneck channels, output channels, "
+                    f"kernel, stride, padding], got {row}"
+                )
+            bottleneck, out_channels, kernel, layer_stride, padding = row
+            spatial = {"kernel_size": kernel, "stride": layer_stride, "padding": padding}
+            layer = nn.Sequential(conv_block(channels, bottleneck, norm, activation, kernel_size=1))
+            if lite:
+                layer.append(
+                    conv_block(
+                        bottleneck, bottleneck, norm, activation, groups=bottleneck, **spatial
+                    )
+                )
+                layer.append(conv_block(bottleneck, out_channels, norm, activation, kernel_size=1))
+            else:
+                layer.append(conv_block(bottleneck, out_channels, norm, activation, **spatial))
+            self.extra_layers.append(layer)
+            channels, stride = out_channels, stride * layer_stride
+            self._out_feature_channels[f"extra{number}"] = channels
+            self._out_feature_strides[f"extra{number}"] = stride
+        self._out_features = list(self._out_feature_channels)
+        for module in self.extra_layers.modules():
+            if isinstance(module, nn.Conv2d):
+                if lite:
+                    nn.init.normal_(module.weight, std=0.03)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: ShapeSpec):
+        ssd = cfg.MODEL.SSD
+        return {
+            "bottom_up": BACKBONE_REGISTRY.get(ssd.BOTTOM_UP)(cfg, input_shape),
+            "in_features": ssd.IN_FEATURES,
+            "extra_layers": ssd.EXTRA_LAYERS,
+            "l2_norm_features": ssd.L2_NORM_FEATURES,
+            "lite": ssd.LITE,
+            "norm": ssd.NORM,
+            "activation": ssd.ACTIVATION,
+        }
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """(N, 3, H, W) to the named feature maps, finest first."""
+        features = self.bottom_up(x)
+        outputs = {name: features[name] for name in self.in_features}
+        x = outputs[self.in_features[-1]]
+        for name, l2_norm in self.l2_norm.items():
+            outputs[name] = l2_norm(outputs[name])
+        for number, layer in enumerate(self.extra_layers, 1):
+            x = outputs[f"extra{number}"] = layer(x)
+        return outputs
+
+
+def conv_block(
+    in_channels: int, out_channels: int, norm: str, activation: str, **kwargs
+) -> Conv2d:
+    """Convolution, normalisation (if ``norm`` isn't empty) and activation."""
+    if not hasattr(nn, activation):
+        raise ValueError(f"MODEL.SSD.ACTIVATION: no class {activation!r} in torch.nn")
+    return Conv2d(
+        in_channels,
+        out_channels,
+        bias=not norm,
+        norm=get_norm(norm, out_channels),
+        activation=getattr(nn, activation)(inplace=True),
+        **kwargs,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_ssd_backbone(cfg, input_shape: ShapeSpec) -> SSDBackbone:
+    """``MODEL.SSD.BOTTOM_UP`` with L2Norm and extra layers."""
+    return SSDBackbone(cfg, input_shape)

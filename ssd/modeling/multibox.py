@@ -1,0 +1,182 @@
+"""Matching, hard negative mining and the multibox loss (SSD paper, section 2.2).
+
+Pure functions on a whole batch: no loop over images, no host–device synchronisation. N images,
+R default boxes, M ground truths (padded to the most in the batch), K classes; boxes are XYXY in
+pixels of the network's input; class K is the background.
+"""
+
+from typing import Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "encode_boxes",
+    "match_default_boxes",
+    "mine_hard_negatives",
+    "multibox_loss",
+    "num_matched",
+    "pairwise_iou",
+]
+
+
+def pairwise_iou(boxes: Tensor, default_boxes: Tensor) -> Tensor:
+    """IoU of boxes (N, M, 4) with default boxes (R, 4): (N, M, R). 0 for empty boxes."""
+    boxes = boxes[:, :, None]
+    low = torch.maximum(boxes[..., :2], default_boxes[:, :2])
+    high = torch.minimum(boxes[..., 2:], default_boxes[:, 2:])
+    intersection = (high - low).clamp_(min=0).prod(dim=-1)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    default_area = (default_boxes[:, 2:] - default_boxes[:, :2]).prod(dim=-1)
+    return intersection / (area + default_area - intersection).clamp_(min=1e-6)
+
+
+def match_default_boxes(
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    default_boxes: Tensor,
+    iou_threshold: float = 0.5,
+    best: str = "argmax",
+) -> Tensor:
+    """Matches default boxes to ground truths.
+
+    First every ground truth takes a best default box for its own, whatever their IoU; then each
+    other default box takes the ground truth of its highest IoU if that reaches the threshold.
+
+    Args:
+        gt_boxes: (N, M, 4), M >= 1.
+        gt_valid: (N, M) bool, False for padding.
+        default_boxes: (R, 4).
+        iou_threshold: of the second part, inclusive.
+        best: ``"argmax"``: in order, each takes its argmax and a later one overwrites
+            (MMDetection, torchvision); ``"bipartite"``: greedily by IoU over all pairs, distinct
+            default boxes, IoU > 1e-6 (Caffe).
+
+    Returns:
+        (N, R) int64: the index of the ground truth, or -1 for background.
+    """
+    iou = pairwise_iou(gt_boxes, default_boxes)
+    iou = torch.where(gt_valid[:, :, None], iou, -1.0)
+    best_iou, best_gt = iou.max(dim=1)  # (N, R)
+    by_threshold = torch.where(best_iou >= iou_threshold, best_gt, -1)
+
+    order = torch.arange(gt_boxes.shape[1], device=gt_boxes.device).expand_as(gt_valid)
+    if best == "argmax":
+        taken, taker = iou.argmax(dim=2), order
+    elif best == "bipartite":
+        taken, iou_taken = _bipartite(iou)
+        taker = torch.where(iou_taken > 1e-6, order, -1)
+    else:
+        raise ValueError(f"MODEL.SSD.MATCHING.BEST: 'argmax' or 'bipartite', got {best!r}")
+    taker = torch.where(gt_valid, taker, -1)
+    # amax: of several takers the last ground truth wins, deterministically on every device.
+    forced = torch.full_like(by_threshold, -1).scatter_reduce_(1, taken, taker, "amax")
+    return torch.where(forced >= 0, forced, by_threshold)
+
+
+def _bipartite(iou: Tensor) -> Tuple[Tensor, Tensor]:
+    """Greedy one-to-one matching: the default box of each ground truth, and their IoU (N, M).
+
+    Of the R default boxes only a ground truth's M best can matter, as the other M - 1 ground
+    truths take one each.
+    """
+    num_gt = iou.shape[1]
+    iou, candidates = iou.topk(min(num_gt, iou.shape[2]), dim=2)  # (N, M, C)
+    taken = candidates[:, :, 0].clone()
+    iou_taken = torch.full_like(iou[:, :, 0], -1.0)
+    images = torch.arange(len(iou), device=iou.device)
+    for _ in range(num_gt):
+        value, index = iou.flatten(1).max(dim=1)
+        gt, candidate = index // iou.shape[2], index % iou.shape[2]
+        box = candidates[images, gt, candidate]
+        free = value > 1e-6
+        taken[images, gt] = torch.where(free, box, taken[images, gt])
+        iou_taken[images, gt] = torch.where(free, value, iou_taken[images, gt])
+        used = (candidates == box[:, None, None]) & free[:, None, None]
+        iou = iou.masked_fill(used, -1.0)
+        iou[images, gt] = -1.0
+    return taken, iou_taken
+
+
+def encode_boxes(boxes: Tensor, default_boxes: Tensor, weights: Sequence[float]) -> Tensor:
+    """(…, R, 4) boxes as offsets (dx, dy, dw, dh) from default boxes (R, 4), times the weights.
+
+    Eq. 2 of the paper; the weights are the inverse of Caffe's variances. Boxes need an area.
+    """
+    center, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+    default_center = (default_boxes[:, :2] + default_boxes[:, 2:]) / 2
+    default_size = default_boxes[:, 2:] - default_boxes[:, :2]
+    shift = (center - default_center) / default_size
+    scale = torch.log(size / default_size)
+    return torch.cat([shift, scale], dim=-1) * shift.new_tensor(weights)
+
+
+def mine_hard_negatives(
+    loss: Tensor, positive: Tensor, ratio: float = 3.0, without_positives: int = 0
+) -> Tensor:
+    """Chooses the negatives of highest confidence loss, ``ratio`` per positive of the image.
+
+    Args:
+        loss: (N, R) confidence losses.
+        positive: (N, R) bool.
+        ratio: negatives per positive; rounded down per image.
+        without_positives: negatives of an image that has no positive.
+
+    Returns:
+        (N, R) bool, never a positive; at most as many as there are negatives.
+    """
+    positives = positive.sum(dim=1, keepdim=True)
+    count = torch.where(positives > 0, (positives * ratio).long(), without_positives)
+    order = loss.detach().masked_fill(positive, -1.0).argsort(dim=1, descending=True)
+    rank = torch.arange(loss.shape[1], device=loss.device).expand_as(order)
+    hardest = torch.zeros_like(positive).scatter_(1, order, rank < count)
+    return hardest & ~positive
+
+
+def num_matched(matched: Tensor, normalizer: str) -> Tensor:
+    """The loss's divisor before max(1, ·) over the batch: a scalar of this process's images.
+
+    ``"image"``: Σ max(1, positives of the image) (MMDetection); ``"batch"``: Σ positives (Caffe).
+    """
+    positives = (matched >= 0).sum(dim=1)
+    if normalizer == "image":
+        return positives.clamp(min=1).sum()
+    if normalizer == "batch":
+        return positives.sum()
+    raise ValueError(f"MODEL.SSD.LOSS.NORMALIZER: 'image' or 'batch', got {normalizer!r}")
+
+
+def multibox_loss(
+    logits: Tensor,
+    deltas: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    *,
+    neg_pos_ratio: float = 3.0,
+    negatives_without_positives: int = 0,
+    smooth_l1_beta: float = 1.0,
+) -> Tuple[Tensor, Tensor]:
+    """Confidence and localization loss (eq. 1 of the paper), summed, not yet divided.
+
+    Args:
+        logits: (N, R, K + 1).
+        deltas: (N, R, 4) predicted offsets.
+        labels: (N, R) int64, the background is K.
+        targets: (N, R, 4) encoded ground truths; only those of positives count, all are finite.
+
+    Returns:
+        Σ cross entropy over positives and mined negatives, Σ smooth L1 over positives: scalars.
+        Both are 0 for a batch without objects (unless ``negatives_without_positives``).
+    """
+    positive = labels < logits.shape[-1] - 1
+    cls_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    cls_loss = cls_loss.view_as(labels)
+    negative = mine_hard_negatives(
+        cls_loss, positive, neg_pos_ratio, negatives_without_positives
+    )
+    box_loss = F.smooth_l1_loss(deltas, targets, beta=smooth_l1_beta, reduction="none").sum(dim=-1)
+    # where, not a product: the loss of a box that doesn't count may be infinite
+    loss_cls = torch.where(positive | negative, cls_loss, 0.0).sum()
+    loss_box_reg = torch.where(positive, box_loss, 0.0).sum()
+    return loss_cls, loss_box_reg

@@ -1,0 +1,255 @@
+"""SSD: Single Shot MultiBox Detector (arXiv 1512.02325)."""
+
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_anchor_generator, build_backbone
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ssd.modeling.default_boxes import DefaultBoxGenerator
+from ssd.modeling.head import SSDHead, SSDLiteHead
+from ssd.modeling.multibox import encode_boxes, match_default_boxes, multibox_loss, num_matched
+from ssd.modeling.postprocessing import detect
+
+__all__ = ["SSD"]
+
+
+@META_ARCH_REGISTRY.register()
+class SSD(DenseDetector):
+    """SSD on any backbone. See :class:`DenseDetector` for inputs and outputs.
+
+    Images of another size than the network's input are resized on the model's device, and boxes
+    come back in the caller's ``height`` and ``width``, or else in the given image's own size.
+
+    Attributes:
+        default_boxes: (R, 4) XYXY in pixels of the network's input.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: SSDHead,
+        default_box_generator: DefaultBoxGenerator,
+        input_size: Tuple[int, int],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "BGR",
+        matching: Dict,
+        loss: Dict,
+        loss_normalizer: str,
+        box_weight: float = 1.0,
+        detection: Dict,
+        topk_per: str = "level",
+        bbox_reg_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        channels_last: bool = True,
+    ):
+        """
+        Args:
+            input_size: (height, width) in pixels.
+            input_format: order of the channels of the given images, for visualisation.
+            matching: keyword arguments of :func:`match_default_boxes`.
+            loss: keyword arguments of :func:`multibox_loss`.
+            loss_normalizer: see :func:`num_matched`.
+            box_weight: of the localization loss (α of the paper's eq. 1).
+            detection: keyword arguments of :func:`detect`.
+            topk_per: "level" or "class", the groups of ``detection["topk_candidates"]``.
+            channels_last: memory format of convolutions.
+        """
+        super().__init__(
+            backbone,
+            head,
+            head_in_features=list(backbone.output_shape()),
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        self.input_size = tuple(input_size)
+        self.input_format = input_format
+        self.num_classes = head.num_classes
+        self.matching, self.loss, self.loss_normalizer = matching, loss, loss_normalizer
+        self.box_weight, self.detection, self.bbox_reg_weights = (
+            box_weight, detection, list(bbox_reg_weights)
+        )  # fmt: skip
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+
+        boxes = default_box_generator.per_level(self._feature_map_sizes())
+        self.boxes_per_level = [len(level) for level in boxes]
+        self.register_buffer("default_boxes", torch.cat(boxes), persistent=False)
+        if topk_per == "level":
+            level = torch.arange(len(boxes)).repeat_interleave(torch.tensor(self.boxes_per_level))
+            group, self.num_groups = level[:, None], len(boxes)
+        elif topk_per == "class":
+            group, self.num_groups = torch.arange(self.num_classes)[None], self.num_classes
+        else:
+            raise ValueError(f"MODEL.SSD.TOPK_PER: 'level' or 'class', got {topk_per!r}")
+        self.register_buffer("candidate_group", group, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg):
+        ssd = cfg.MODEL.SSD
+        height, width = _check_positive("INPUT_SIZE", ssd.INPUT_SIZE)
+        _check_positive("NUM_CLASSES", [ssd.NUM_CLASSES])
+        backbone = build_backbone(cfg)
+        shapes = list(backbone.output_shape().values())
+        generator = build_anchor_generator(cfg, shapes)
+        head_args = ([s.channels for s in shapes], generator.num_anchors, ssd.NUM_CLASSES)
+        head = (
+            SSDLiteHead(*head_args, norm=ssd.NORM, activation=ssd.ACTIVATION)
+            if ssd.LITE
+            else SSDHead(*head_args)
+        )
+        for module in [*backbone.modules(), *head.modules()]:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eps, module.momentum = cfg.MODEL.BATCH_NORM.EPS, cfg.MODEL.BATCH_NORM.MOMENTUM
+        return {
+            "backbone": backbone,
+            "head": head,
+            "default_box_generator": generator,
+            "input_size": (height, width),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "matching": {
+                "iou_threshold": ssd.MATCHING.IOU_THRESHOLD,
+                "best": ssd.MATCHING.BEST,
+            },
+            "loss": {
+                "neg_pos_ratio": ssd.LOSS.NEG_POS_RATIO,
+                "negatives_without_positives": ssd.LOSS.NEGATIVES_WITHOUT_POSITIVES,
+                "smooth_l1_beta": ssd.LOSS.SMOOTH_L1_BETA,
+            },
+            "loss_normalizer": ssd.LOSS.NORMALIZER,
+            "box_weight": ssd.LOSS.BOX_WEIGHT,
+            "detection": {
+                "score_thresh": ssd.SCORE_THRESH_TEST,
+                "topk_candidates": ssd.TOPK_CANDIDATES_TEST,
+                "nms_thresh": ssd.NMS_THRESH_TEST,
+                "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+                "bbox_reg_clamp": ssd.BBOX_REG_CLAMP,
+            },
+            "topk_per": ssd.TOPK_PER,
+            "bbox_reg_weights": ssd.BBOX_REG_WEIGHTS,
+            "channels_last": ssd.CHANNELS_LAST,
+        }
+
+    def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
+        """Resizes where needed, batches and normalises; keeps the sizes of the given images."""
+        images = [self._move_to_current_device(x["image"]) for x in batched_inputs]
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        images = [
+            image if size == self.input_size else self._resize(image)
+            for image, size in zip(images, sizes)
+        ]
+        if len({image.dtype for image in images}) > 1:
+            images = [image.float() for image in images]
+        batch = (torch.stack(images) - self.pixel_mean) / self.pixel_std
+        return ImageList(batch.contiguous(memory_format=self.memory_format), sizes)
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: List[Tensor],
+        predictions: Tuple[List[Tensor], List[Tensor]],
+        gt_instances: List[Instances],
+    ) -> Dict[str, Tensor]:
+        """Losses of N images, divided over the global batch.
+
+        Args:
+            gt_instances: ``gt_boxes`` in the given image's pixels and ``gt_classes`` in [0, K);
+                boxes need an area. An image may have none.
+
+        Returns:
+            ``loss_cls`` and ``loss_box_reg``.
+        """
+        logits, deltas = self._flatten(predictions)
+        gt_boxes, gt_classes, gt_valid = self._pad_ground_truth(gt_instances)
+
+        matched = match_default_boxes(gt_boxes, gt_valid, self.default_boxes, **self.matching)
+        positive, gt_index = matched >= 0, matched.clamp(min=0)
+        labels = torch.where(positive, gt_classes.gather(1, gt_index), self.num_classes)
+        boxes = gt_boxes.gather(1, gt_index[:, :, None].expand(-1, -1, 4))
+        boxes = torch.where(positive[:, :, None], boxes, self.default_boxes)  # offsets 0
+        targets = encode_boxes(boxes, self.default_boxes, self.bbox_reg_weights)
+
+        loss_cls, loss_box_reg = multibox_loss(logits, deltas, labels, targets, **self.loss)
+        divisor = num_matched(matched, self.loss_normalizer).float()
+        if (world_size := comm.get_world_size()) > 1:
+            torch.distributed.all_reduce(divisor)
+            divisor = divisor / world_size  # DistributedDataParallel averages the gradients
+        divisor = divisor.clamp(min=1.0 / world_size)
+        return {
+            "loss_cls": loss_cls / divisor,
+            "loss_box_reg": self.box_weight * loss_box_reg / divisor,
+        }
+
+    def forward_inference(
+        self,
+        images: ImageList,
+        features: List[Tensor],
+        predictions: Tuple[List[Tensor], List[Tensor]],
+    ) -> List[Instances]:
+        """Detections of N images, in pixels of the network's input."""
+        logits, deltas = self._flatten(predictions)
+        return detect(
+            logits.softmax(dim=-1)[..., :-1],
+            deltas,
+            self.default_boxes,
+            self.input_size,
+            group=self.candidate_group,
+            num_groups=self.num_groups,
+            bbox_reg_weights=self.bbox_reg_weights,
+            **self.detection,
+        )
+
+    def _flatten(self, predictions: Tuple[List[Tensor], List[Tensor]]) -> Tuple[Tensor, Tensor]:
+        logits, deltas = self.head.flatten(*predictions)
+        if logits.shape[1] != len(self.default_boxes):
+            raise ValueError(
+                f"the head predicts {logits.shape[1]} boxes, but there are "
+                f"{len(self.default_boxes)} default boxes for MODEL.SSD.INPUT_SIZE {self.input_size}"
+            )
+        return logits, deltas
+
+    def _pad_ground_truth(self, gt_instances: List[Instances]) -> Tuple[Tensor, Tensor, Tensor]:
+        """Boxes (N, M, 4) in pixels of the network's input, classes (N, M), validity (N, M)."""
+        shape = (len(gt_instances), max(1, *(len(x) for x in gt_instances)))
+        boxes = self.default_boxes.new_zeros(*shape, 4)
+        classes = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        valid = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        height, width = self.input_size
+        for i, x in enumerate(gt_instances):
+            scale = (width / x.image_size[1], height / x.image_size[0])
+            boxes[i, : len(x)] = x.gt_boxes.tensor * boxes.new_tensor(scale * 2)
+            classes[i, : len(x)] = x.gt_classes
+            valid[i, : len(x)] = True
+        return boxes, classes, valid
+
+    def _resize(self, image: Tensor) -> Tensor:
+        """(C, H, W) to the network's input size: bilinear without antialiasing, float32."""
+        return F.interpolate(
+            image[None].float(), self.input_size, mode="bilinear", align_corners=False
+        )[0]
+
+    def _feature_map_sizes(self) -> List[Tuple[int, int]]:
+        """(height, width) of each level's map, from a run without data (torch's meta device)."""
+        state = {name: x.to("meta") for name, x in self.backbone.state_dict().items()}
+        image = torch.empty(1, len(self.pixel_mean), *self.input_size, device="meta")
+        training = self.backbone.training
+        self.backbone.eval()
+        with torch.no_grad():
+            features = torch.func.functional_call(self.backbone, state, image)
+        self.backbone.train(training)
+        return [tuple(features[name].shape[-2:]) for name in self.head_in_features]
+
+
+def _check_positive(key: str, values: Sequence[int]) -> Sequence[int]:
+    if any(not isinstance(value, int) or value < 1 for value in values):
+        raise ValueError(f"MODEL.SSD.{key} must be positive integers, got {values}")
+    return values

@@ -1,0 +1,75 @@
+"""VGG16 with reduced fully connected layers, the backbone of the SSD paper (section 2.1)."""
+
+from typing import Dict, Sequence
+
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+__all__ = ["VGG16", "build_vgg16_backbone"]
+
+# Output channels of the convolutions of each stage.
+_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG16(Backbone):
+    """VGG16 up to fc7, fully convolutional, without normalisation.
+
+    The pools after stages 1 to 4 halve the map, rounding up; the one after stage 5 keeps it; fc6
+    is a 3×3 convolution of dilation 6 and fc7 a 1×1 one (DeepLab's reduced fully connected layers).
+    Layers have their Caffe names. Outputs, after ReLU: ``conv1_2``, ``conv2_2``, ``conv3_3``,
+    ``conv4_3``, ``conv5_3`` and ``fc7``, of stride 1, 2, 4, 8, 16, 16.
+    """
+
+    def __init__(self, in_channels: int = 3, out_features: Sequence[str] = ("conv4_3", "fc7")):
+        super().__init__()
+        self._out_feature_channels = {}
+        self._out_feature_strides = {}
+        for stage, widths in enumerate(_STAGES, 1):
+            for index, width in enumerate(widths, 1):
+                name = f"conv{stage}_{index}"
+                self.add_module(name, _conv(in_channels, width, 3, padding=1))
+                in_channels = width
+            self._out_feature_channels[name] = width
+            self._out_feature_strides[name] = 2 ** (stage - 1)
+        self.fc6 = _conv(512, 1024, 3, padding=6, dilation=6)
+        self.fc7 = _conv(1024, 1024, 1)
+        self._out_feature_channels["fc7"] = 1024
+        self._out_feature_strides["fc7"] = 16
+        self._out_features = check_out_features(
+            out_features, self._out_feature_channels, "MODEL.VGG.OUT_FEATURES"
+        )
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """(N, 3, H, W) to the named feature maps."""
+        outputs = {}
+        for stage, widths in enumerate(_STAGES, 1):
+            for index in range(1, len(widths) + 1):
+                name = f"conv{stage}_{index}"
+                x = getattr(self, name)(x)
+            outputs[name] = x
+            x = F.max_pool2d(x, 2, ceil_mode=True) if stage < 5 else F.max_pool2d(x, 3, 1, 1)
+        outputs["fc7"] = self.fc7(self.fc6(x))
+        return {name: outputs[name] for name in self._out_features}
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, **kwargs) -> Conv2d:
+    conv = Conv2d(in_channels, out_channels, kernel, activation=nn.ReLU(inplace=True), **kwargs)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def check_out_features(names: Sequence[str], available: Dict[str, int], key: str) -> Sequence[str]:
+    """Returns ``names``; ValueError that names the config key if one of them doesn't exist."""
+    unknown = [name for name in names if name not in available]
+    if unknown or not names:
+        raise ValueError(f"{key}: {list(names)}; choose from {list(available)}")
+    return list(names)
+
+
+@BACKBONE_REGISTRY.register()
+def build_vgg16_backbone(cfg, input_shape: ShapeSpec) -> VGG16:
+    """VGG16 with the outputs ``MODEL.VGG.OUT_FEATURES``."""
+    return VGG16(input_shape.channels, cfg.MODEL.VGG.OUT_FEATURES)
