@@ -5,9 +5,11 @@ mean, warm-up …) stands in ``labs/_base_/*.yaml``. The defaults here are SSD30
 """
 
 import difflib
+import logging
 import os
 from typing import Sequence
 
+import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
@@ -131,7 +133,8 @@ def _add_run_keys(cfg: CN) -> None:
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
-    """Reads a lab's config and registers the data sets that it names.
+    """Reads a lab's config and registers the data sets that it names; on a machine without a GPU
+    ``MODEL.DEVICE`` becomes "cpu".
 
     Args:
         config_file: path of a YAML file; its ``_BASE_`` is followed.
@@ -156,6 +159,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
             )
         _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False), config_file)
     _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("No GPU: MODEL.DEVICE is cpu instead of cuda")
+        cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
     cfg.freeze()
     return cfg

@@ -1,0 +1,350 @@
+"""What the SSD augmentation draws (paper, 2.2 "Data augmentation" and 3.6).
+
+Detectron2 Augmentations: each draws the parameters of one transform from ``np.random`` and never
+changes a pixel itself. Boxes are (M, 4) XYXY in pixels of the image, sizes (height, width).
+"""
+
+from typing import List, Optional, Sequence, Tuple
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.transforms import AugInput, Augmentation, RandomFlip
+from fvcore.transforms.transform import HFlipTransform, NoOpTransform, Transform, VFlipTransform
+
+from ssd.data.transforms import PhotometricTransform, PhotometricWarp, WarpTransform
+
+__all__ = [
+    "ComposedWarp",
+    "Expand",
+    "IoUCrop",
+    "PhotometricDistortion",
+    "Resize",
+    "build_augmentations",
+]
+
+
+def build_augmentations(cfg: CfgNode, is_train: bool) -> List[Augmentation]:
+    """The augmentations of ``cfg.INPUT``: one :class:`ComposedWarp`; for testing one resize."""
+    resize = Resize(cfg.MODEL.SSD.INPUT_SIZE)
+    if not is_train:
+        return [resize]
+    augmentations = []
+    photo, expand, crop = cfg.INPUT.PHOTOMETRIC, cfg.INPUT.EXPAND, cfg.INPUT.IOU_CROP
+    if photo.ENABLED:
+        augmentations.append(
+            PhotometricDistortion(
+                photo.PROB,
+                photo.BRIGHTNESS,
+                photo.CONTRAST,
+                photo.SATURATION,
+                photo.HUE,
+                photo.SWAP_CHANNELS_PROB,
+                cfg.INPUT.FORMAT,
+            )
+        )
+    if expand.ENABLED:
+        fill = tuple(int(round(value)) for value in cfg.MODEL.PIXEL_MEAN)
+        augmentations.append(Expand(expand.PROB, expand.MAX_RATIO, fill))
+    if crop.ENABLED:
+        augmentations.append(
+            IoUCrop(crop.MIN_IOUS, crop.SCALE, crop.ASPECT_RATIO, crop.TRIALS, crop.SAMPLER)
+        )
+    augmentations.append(resize)
+    flip = cfg.INPUT.RANDOM_FLIP
+    if flip not in ("none", "horizontal", "vertical"):
+        raise ValueError(
+            f"INPUT.RANDOM_FLIP is {flip!r}, expected 'none', 'horizontal' or 'vertical'"
+        )
+    if flip != "none":
+        augmentations.append(
+            RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
+        )
+    return [ComposedWarp(augmentations)]
+
+
+class PhotometricDistortion(Augmentation):
+    """Draws a :class:`PhotometricTransform`: brightness, contrast, saturation and hue.
+
+    Each of the four is drawn uniformly with probability ``prob``, contrast comes before or after
+    the colour operations with equal probability.
+    """
+
+    def __init__(
+        self,
+        prob: float = 0.5,
+        brightness: float = 32.0,
+        contrast: Tuple[float, float] = (0.5, 1.5),
+        saturation: Tuple[float, float] = (0.5, 1.5),
+        hue: float = 18.0,
+        swap_channels_prob: float = 0.0,
+        image_format: str = "BGR",
+    ):
+        """
+        Args:
+            prob: of each operation.
+            brightness: in levels of 0 … 255, drawn from ±brightness.
+            contrast, saturation: (lowest, highest) factor.
+            hue: in OpenCV's 8-bit unit of 2 degrees, drawn from ±hue.
+            swap_channels_prob: of a random order of the channels.
+            image_format: "BGR" or "RGB".
+        """
+        super().__init__()
+        _check_probability("INPUT.PHOTOMETRIC.PROB", prob)
+        _check_probability("INPUT.PHOTOMETRIC.SWAP_CHANNELS_PROB", swap_channels_prob)
+        _check_range("INPUT.PHOTOMETRIC.CONTRAST", contrast, 0, np.inf)
+        _check_range("INPUT.PHOTOMETRIC.SATURATION", saturation, 0, np.inf)
+        _check_range("INPUT.PHOTOMETRIC.BRIGHTNESS, HUE", (0, min(brightness, hue)), 0, np.inf)
+        PhotometricTransform(image_format=image_format)  # raises for other formats
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> PhotometricTransform:
+        def draw(low: float, high: float, otherwise: float) -> float:
+            value = np.random.uniform(low, high)
+            return value if np.random.rand() < self.prob else otherwise
+
+        return PhotometricTransform(
+            brightness=draw(-self.brightness, self.brightness, 0.0),
+            contrast=draw(*self.contrast, 1.0),
+            contrast_first=np.random.rand() < 0.5,
+            saturation=draw(*self.saturation, 1.0),
+            hue=draw(-self.hue, self.hue, 0.0),
+            channel_order=(
+                np.random.permutation(3)
+                if np.random.rand() < self.swap_channels_prob
+                else (0, 1, 2)
+            ),
+            image_format=self.image_format,
+        )
+
+
+class Expand(Augmentation):
+    """Zooms out: puts the image at a uniform place of a larger canvas (paper, 3.6).
+
+    The side of the canvas over the image's is uniform in 1 … ``max_ratio``; the same distribution
+    as torchvision's ``RandomZoomOut``.
+    """
+
+    def __init__(
+        self,
+        prob: float = 0.5,
+        max_ratio: float = 4.0,
+        fill: Sequence[float] = (0, 0, 0),
+    ):
+        """
+        Args:
+            prob: of expanding at all.
+            max_ratio: at least 1.
+            fill: the canvas' value of each channel: the pixel mean, in the image's order.
+        """
+        super().__init__()
+        _check_probability("INPUT.EXPAND.PROB", prob)
+        _check_range("INPUT.EXPAND.MAX_RATIO", (1, max_ratio), 1, np.inf)
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        if np.random.rand() >= self.prob:
+            return NoOpTransform()
+        height, width = image.shape[:2]
+        ratio = np.random.uniform(1, self.max_ratio)
+        canvas_h, canvas_w = int(height * ratio), int(width * ratio)
+        left = int((canvas_w - width) * np.random.rand())
+        top = int((canvas_h - height) * np.random.rand())
+        region = (-left, -top, canvas_w - left, canvas_h - top)
+        return WarpTransform(region, (canvas_h, canvas_w), (height, width), self.fill)
+
+
+class IoUCrop(Augmentation):
+    """Crops so that at least one object keeps a minimum IoU with the crop (paper, 2.2).
+
+    A choice is to keep the image or one of ``min_ious``. A crop is accepted when *any* object
+    whose centre lies in it reaches the minimum. So an image with objects never loses all of them.
+    (Caffe also counts objects whose centre is outside, which it then drops, and so can return a
+    crop without objects.) Without objects the image is kept. Crops are whole pixels.
+    """
+
+    def __init__(
+        self,
+        min_ious: Sequence[float] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
+        scale: Tuple[float, float] = (0.3, 1.0),
+        aspect_ratio: Tuple[float, float] = (0.5, 2.0),
+        trials: int = 50,
+        sampler: str = "caffe",
+    ):
+        """
+        Args:
+            min_ious: one choice each; 0 asks for no more than a centre in the crop.
+            scale: (lowest, highest) side of the crop over the image's.
+            aspect_ratio: (lowest, highest) width over height.
+            trials: crops that are tried for a choice.
+            sampler: "torchvision" draws one choice, sides uniform in ``scale``, rejects other
+                aspect ratios (in pixels), and draws a choice again if no trial succeeds; the
+                image is kept after 50 choices (torchvision's ``RandomIoUCrop`` tries forever).
+                "caffe" draws scale s and then aspect ratio a, with sides s√a and s/√a as
+                fractions of the image's, tries all choices and takes one of those that succeeded.
+        """
+        super().__init__()
+        if sampler not in ("caffe", "torchvision"):
+            raise ValueError(
+                f"INPUT.IOU_CROP.SAMPLER is {sampler!r}, expected 'caffe' or 'torchvision'"
+            )
+        if trials < 1:
+            raise ValueError(f"INPUT.IOU_CROP.TRIALS is {trials}, expected at least 1")
+        _check_range("INPUT.IOU_CROP.MIN_IOUS", (min(min_ious), max(min_ious)), 0, 1)
+        _check_range("INPUT.IOU_CROP.SCALE", scale, 1e-3, 1)
+        _check_range("INPUT.IOU_CROP.ASPECT_RATIO", aspect_ratio, 1e-3, 1e3)
+        if not aspect_ratio[0] <= 1 <= aspect_ratio[1]:
+            raise ValueError(f"INPUT.IOU_CROP.ASPECT_RATIO is {aspect_ratio}, expected to hold 1")
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray, boxes: Optional[np.ndarray]) -> Transform:
+        """
+        Args:
+            image: (H, W, C); only its size is read.
+            boxes: (M, 4) XYXY in pixels; None counts as none.
+        """
+        size = image.shape[:2]
+        crop = None
+        if boxes is not None and len(boxes):
+            draw = self._draw_caffe if self.sampler == "caffe" else self._draw_torchvision
+            crop = draw(size, np.asarray(boxes))
+        if crop is None:
+            return NoOpTransform()
+        x0, y0, x1, y1 = (int(v) for v in crop)
+        return WarpTransform(crop, (y1 - y0, x1 - x0), size)
+
+    def _draw_torchvision(self, size: Tuple[int, int], boxes: np.ndarray) -> Optional[np.ndarray]:
+        for _ in range(50):
+            choice = np.random.randint(len(self.min_ious) + 1)
+            if choice == len(self.min_ious):
+                return None
+            sides = np.random.uniform(*self.scale, (self.trials, 2))
+            crops = _place(sides, size)
+            aspect = (crops[:, 2] - crops[:, 0]) / (crops[:, 3] - crops[:, 1])
+            accepted = _best_iou(crops, boxes) >= self.min_ious[choice]
+            accepted &= (self.aspect_ratio[0] <= aspect) & (aspect <= self.aspect_ratio[1])
+            if accepted.any():
+                return crops[accepted.argmax()]
+        return None
+
+    def _draw_caffe(self, size: Tuple[int, int], boxes: np.ndarray) -> Optional[np.ndarray]:
+        scale = np.random.uniform(*self.scale, len(self.min_ious) * self.trials)
+        aspect = np.random.uniform(
+            np.maximum(self.aspect_ratio[0], scale**2),
+            np.minimum(self.aspect_ratio[1], 1 / scale**2),
+        )
+        sides = np.stack([scale * np.sqrt(aspect), scale / np.sqrt(aspect)], axis=1)
+        crops = _place(sides, size).reshape(len(self.min_ious), self.trials, 4)
+        ious = _best_iou(crops.reshape(-1, 4), boxes).reshape(crops.shape[:2])
+        accepted = ious >= np.array(self.min_ious)[:, None]
+        succeeded = np.flatnonzero(accepted.any(axis=1))
+        choice = np.random.randint(len(succeeded) + 1)
+        if choice == len(succeeded):
+            return None
+        choice = succeeded[choice]
+        return crops[choice, accepted[choice].argmax()]
+
+
+class Resize(Augmentation):
+    """Resizes to ``output_size`` (height, width): bilinear without antialiasing."""
+
+    def __init__(self, output_size: Tuple[int, int]):
+        super().__init__()
+        WarpTransform((0, 0, 1, 1), output_size, (1, 1))  # raises for other than a size
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> WarpTransform:
+        height, width = image.shape[:2]
+        return WarpTransform((0, 0, width, height), self.output_size, (height, width))
+
+
+class ComposedWarp(Augmentation):
+    """Draws a chain of augmentations and returns *one* transform, which samples the image once.
+
+    Each one sees the size and boxes that those before it leave, but no pixels. They must return a
+    :class:`WarpTransform`, a horizontal or vertical flip or nothing; the first one may also be a
+    :class:`PhotometricDistortion`, which then distorts only the pixels that survive.
+    """
+
+    def __init__(self, augmentations: Sequence[Augmentation]):
+        super().__init__()
+        if any(isinstance(a, PhotometricDistortion) for a in augmentations[1:]):
+            raise ValueError(
+                f"augmentations are {augmentations}, expected the photometric one first"
+            )
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray, boxes: Optional[np.ndarray]) -> Transform:
+        """
+        Args:
+            image: (H, W, C); only its size is read.
+            boxes: (M, 4) XYXY in pixels; None counts as none.
+        """
+        geometry = _Geometry(image.shape[:2], boxes)
+        for augmentation in self.augmentations:
+            augmentation(geometry)
+        if geometry.photometric is None:
+            return geometry.warp
+        return PhotometricWarp(geometry.photometric, geometry.warp)
+
+
+class _Geometry(AugInput):
+    """The size and boxes of an image, and the warp that led to them."""
+
+    def __init__(self, size: Tuple[int, int], boxes: Optional[np.ndarray]):
+        self.photometric = None
+        self.warp = Resize(size).get_transform(np.broadcast_to(np.uint8(0), size))
+        self.boxes = boxes
+        self.sem_seg = None
+
+    @property
+    def image(self) -> np.ndarray:
+        return np.broadcast_to(np.uint8(0), (*self.warp.output_size, 3))  # takes no memory
+
+    def transform(self, tfm: Transform) -> None:
+        height, width = size = self.warp.output_size
+        if isinstance(tfm, NoOpTransform):
+            return
+        if isinstance(tfm, HFlipTransform):
+            tfm = WarpTransform((width, 0, 0, height), size, size)
+        elif isinstance(tfm, VFlipTransform):
+            tfm = WarpTransform((0, height, width, 0), size, size)
+        if isinstance(tfm, PhotometricTransform):
+            self.photometric = tfm
+        elif isinstance(tfm, WarpTransform):
+            self.warp = self.warp.then(tfm)
+            self.boxes = None if self.boxes is None else tfm.apply_box(self.boxes)
+        else:
+            raise ValueError(f"ComposedWarp can't compose {tfm}")
+
+
+def _place(sides: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+    """Uniformly placed crops: (n, 2) width, height as fractions → (n, 4) XYXY whole pixels."""
+    image_wh = np.array(size[::-1])
+    wh = np.maximum((sides * image_wh).astype(int), 1)
+    xy = ((image_wh - wh) * np.random.rand(*wh.shape)).astype(int)
+    return np.concatenate([xy, xy + wh], axis=1)
+
+
+def _best_iou(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU of n crops with that of M ≥ 1 boxes with a centre inside which has most; else -1."""
+    x0, y0, x1, y1 = crops.T[:, :, None].astype(np.float32)
+    left, top, right, bottom = boxes.T[:, None].astype(np.float32)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    inside = (x0 < x) & (x < x1) & (y0 < y) & (y < y1)
+    width = np.minimum(x1, right) - np.maximum(x0, left)
+    height = np.minimum(y1, bottom) - np.maximum(y0, top)
+    both = np.maximum(width, 0) * np.maximum(height, 0)
+    iou = both / ((x1 - x0) * (y1 - y0) + (right - left) * (bottom - top) - both)
+    return np.where(inside, iou, -1).max(axis=1)
+
+
+def _check_probability(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{key} is {value}, expected 0 to 1")
+
+
+def _check_range(key: str, value: Tuple[float, float], lowest: float, highest: float) -> None:
+    if len(value) != 2 or not lowest <= value[0] <= value[1] <= highest:
+        raise ValueError(
+            f"{key} is {tuple(value)}, expected two numbers of {lowest} to {highest}, lowest first"
+        )

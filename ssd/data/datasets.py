@@ -1,0 +1,331 @@
+"""Data sets named in the config: ``DATASETS.REGISTER`` maps a name to what Detectron2 registers."""
+
+import difflib
+import logging
+import math
+import os
+import xml.etree.ElementTree as ET
+from typing import Any, Optional, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from ssd.data.shapes import CLASSES as SHAPES_CLASSES
+from ssd.data.shapes import SPLITS as SHAPES_SPLITS
+from ssd.data.shapes import render_shapes
+
+__all__ = ["check_class_count", "find_box_defects", "read_voc", "register_datasets"]
+
+logger = logging.getLogger(__name__)
+
+# Keys of an entry besides FORMAT; None: must be given.
+_KEYS = {
+    "coco": {"ROOT": None, "ANNOTATIONS": None, "IMAGES": None, "CLASSES": []},
+    "voc": {"ROOT": None, "SPLIT": None, "CLASSES": None, "USE_DIFFICULT": False},
+    "shapes": {"SPLIT": None, "ROOT": "shapes"},
+}
+_registered = {}  # name -> entry, of those registered here
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Registers each entry of ``cfg.DATASETS.REGISTER`` with Detectron2; reads no file yet.
+
+    An entry is one of (ROOT is relative to ``$DETECTRON2_DATASETS``, by default ``datasets``)::
+
+        {FORMAT: coco, ROOT: mydata, ANNOTATIONS: train.json, IMAGES: images, CLASSES: [optional]}
+        {FORMAT: voc, ROOT: bccd, SPLIT: train, CLASSES: [RBC, WBC], USE_DIFFICULT: False}
+        {FORMAT: shapes, SPLIT: val, ROOT: shapes}
+
+    CLASSES of a COCO file must be its categories in the order of their ids. Objects of a VOC
+    folder that are marked difficult get ``iscrowd: 1``, unless USE_DIFFICULT: training and both
+    evaluators ignore them. ``shapes`` is rendered into ROOT at its first use (ssd.data.shapes).
+
+    An entry of the same name registered here earlier is replaced.
+
+    Raises:
+        ValueError: for a wrong entry, or a name that is registered by someone else.
+    """
+    for name, node in cfg.DATASETS.REGISTER.items():
+        entry = _check_entry(name, node)
+        if _registered.get(name) == entry and name in DatasetCatalog:
+            continue
+        if name in _registered:
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
+        elif name in DatasetCatalog:
+            raise ValueError(
+                f"DATASETS.REGISTER.{name}: a data set of this name is registered by Detectron2 "
+                "or your own code; choose another name"
+            )
+        prepare = {"coco": _coco, "voc": _voc, "shapes": _shapes}[entry["FORMAT"]]
+        load, metadata = prepare(name, entry)
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(**metadata)
+        _registered[name] = entry
+
+
+def check_class_count(cfg: CfgNode) -> None:
+    """Checks that all data sets of DATASETS.TRAIN and TEST have the model's classes.
+
+    A COCO file whose entry has no CLASSES is read for this.
+
+    Raises:
+        ValueError: for an unknown data set, one whose class count isn't MODEL.SSD.NUM_CLASSES,
+            or classes that differ in name or order between the data sets.
+    """
+    first = None
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                raise ValueError(
+                    f"DATASETS.{key}: data set {name!r} is neither in DATASETS.REGISTER nor known "
+                    f"to Detectron2{_hint(name, DatasetCatalog.list())}"
+                )
+            if MetadataCatalog.get(name).get("thing_classes") is None:
+                DatasetCatalog.get(name)
+            classes = list(MetadataCatalog.get(name).thing_classes)
+            if len(classes) != cfg.MODEL.SSD.NUM_CLASSES:
+                raise ValueError(
+                    f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:10])}"
+                    f"{', …' if len(classes) > 10 else ''}) but MODEL.SSD.NUM_CLASSES is "
+                    f"{cfg.MODEL.SSD.NUM_CLASSES}; change this key or "
+                    f"DATASETS.REGISTER.{name}.CLASSES"
+                )
+            first = first or (name, classes)
+            if classes != first[1]:
+                raise ValueError(
+                    f"the classes of data set {name!r}, {classes}, aren't those of {first[0]!r}, "
+                    f"{first[1]}: names and order must agree (DATASETS.REGISTER.{name}.CLASSES)"
+                )
+
+
+def find_box_defects(dataset_dicts: Sequence[dict], class_names: Sequence[str] = ()) -> list[str]:
+    """Describes the boxes that no detector could find.
+
+    Args:
+        dataset_dicts: in Detectron2's format.
+        class_names: to name the classes; without them their numbers are given.
+
+    Returns:
+        a line for each box that isn't finite, has zero or negative width or height, or lies
+        outside its image: "FILE: object 3 (RBC) has zero width: [5.0, 5.0, 5.0, 9.0]" (XYXY).
+    """
+    lines = []
+    for record in dataset_dicts:
+        for index, annotation in enumerate(record.get("annotations", [])):
+            defect = _box_defect(annotation, record)
+            if defect:
+                label = annotation["category_id"]
+                label = class_names[label] if class_names else f"class {label}"
+                lines.append(f"{record['file_name']}: object {index} ({label}) {defect}")
+    return lines
+
+
+def _box_defect(annotation: dict, record: dict) -> str:
+    box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    x1, y1, x2, y2 = box
+    if not all(math.isfinite(value) for value in box):
+        return f"isn't finite: {box}"
+    for side, length in (("width", x2 - x1), ("height", y2 - y1)):
+        if length <= 0:
+            return f"has {'negative' if length < 0 else 'zero'} {side}: {box}"
+    if x2 <= 0 or y2 <= 0 or x1 >= record["width"] or y1 >= record["height"]:
+        return f"lies outside the image of {record['width']}x{record['height']}: {box}"
+    return ""
+
+
+def read_voc(
+    root: str,
+    split: str,
+    class_names: Sequence[str],
+    use_difficult: bool = False,
+    key: str = "DATASETS.REGISTER.<name>",
+) -> list[dict]:
+    """Reads a folder in the format of Pascal VOC.
+
+    Args:
+        root: holds Annotations/ID.xml, ImageSets/Main/SPLIT.txt (an ID per line), and
+            JPEGImages/ID.jpg, or ID with the extension of <filename>.
+        split: the name of the list.
+        class_names: in the order of the labels.
+        use_difficult: difficult objects get ``iscrowd`` 0 instead of 1.
+        key: of the config, for error messages.
+
+    Returns:
+        a dict per image in Detectron2's format, ``image_id`` being the ID. Boxes are XYXY in
+        pixels, 0-based: VOC's 1-based inclusive corners xmin, ymin, xmax, ymax become xmin - 1,
+        ymin - 1, xmax, ymax. One with xmin = xmax, a pixel wide by VOC's rule but a slip of the
+        hand in practice, gets zero width, likewise for y; what isn't a number is NaN.
+
+    Raises:
+        FileNotFoundError: naming the missing file and the config key.
+        ValueError: for XML that cannot be read or a class that isn't in ``class_names``.
+    """
+    list_file = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
+    _require(list_file, f"{key}.SPLIT = {split!r}")
+    image_folder = os.path.join(root, "JPEGImages")
+    _require(image_folder, f"{key}.ROOT = {root!r}")
+    images = set(os.listdir(image_folder))
+    with open(list_file, encoding="utf-8") as f:
+        ids = dict.fromkeys(line.strip() for line in f if line.strip())
+    records = []
+    for image_id in ids:
+        xml_file = os.path.join(root, "Annotations", f"{image_id}.xml")
+        _require(xml_file, f"{image_id!r} in {list_file}, {key}.SPLIT")
+        try:
+            tree = ET.parse(xml_file)
+        except ET.ParseError as error:
+            raise ValueError(f"{xml_file} is not valid XML: {error} ({key}.ROOT)") from None
+        image = f"{image_id}.jpg"
+        if image not in images:
+            image = image_id + os.path.splitext(tree.findtext("filename", ""))[1]
+        file_name = os.path.join(image_folder, image)
+        if image not in images:
+            _require(file_name, f"{image_id!r} in {list_file}, {key}.SPLIT")
+        height, width = (int(_number(tree.find("size"), side)) for side in ("height", "width"))
+        if height <= 0 or width <= 0:
+            height, width = _image_size(file_name)
+        record = {"file_name": file_name, "image_id": image_id, "height": height, "width": width}
+        record["annotations"] = []
+        for obj in tree.findall("object"):
+            label = obj.findtext("name", "").strip()
+            if label not in class_names:
+                raise ValueError(
+                    f"{xml_file}: unknown class {label!r}; {key}.CLASSES is {list(class_names)}"
+                )
+            difficult = _number(obj, "difficult") == 1 and not use_difficult
+            annotation = {"bbox": _voc_box(obj), "bbox_mode": BoxMode.XYXY_ABS}
+            annotation.update(category_id=list(class_names).index(label), iscrowd=int(difficult))
+            record["annotations"].append(annotation)
+        records.append(record)
+    return records
+
+
+def _voc_box(obj: ET.Element) -> list[float]:
+    node = obj.find("bndbox")
+    x1, y1, x2, y2 = (_number(node, k, math.nan) for k in ("xmin", "ymin", "xmax", "ymax"))
+    return [x1 - (x1 < x2), y1 - (y1 < y2), x2, y2]
+
+
+def _number(node: Optional[ET.Element], tag: str, default: float = 0.0) -> float:
+    try:
+        return float(node.findtext(tag))
+    except (AttributeError, TypeError, ValueError):
+        return default
+
+
+def _image_size(file_name: str) -> tuple[int, int]:
+    """(height, width) from the file's header, turned as EXIF says."""
+    with Image.open(file_name) as image:
+        width, height = image.size
+        return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
+
+
+def _voc(name: str, entry: dict) -> tuple:
+    root, classes = entry["ROOT"], entry["CLASSES"]
+
+    def load() -> list[dict]:
+        key = f"DATASETS.REGISTER.{name}"
+        records = read_voc(root, entry["SPLIT"], classes, entry["USE_DIFFICULT"], key)
+        # Here and not in the mapper alone, so that no evaluator asks for such an object.
+        defects = find_box_defects(records, classes)
+        if defects:
+            logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects))
+        for record in records:
+            record["annotations"] = [a for a in record["annotations"] if not _box_defect(a, record)]
+        return records
+
+    return load, {"thing_classes": classes, "image_root": os.path.join(root, "JPEGImages")}
+
+
+def _coco(name: str, entry: dict) -> tuple:
+    json_file, images = (os.path.join(entry["ROOT"], entry[k]) for k in ("ANNOTATIONS", "IMAGES"))
+
+    def load() -> list[dict]:
+        key = f"DATASETS.REGISTER.{name}"
+        _require(json_file, f"{key}.ANNOTATIONS = {entry['ANNOTATIONS']!r}")
+        _require(images, f"{key}.IMAGES = {entry['IMAGES']!r}")
+        metadata = MetadataCatalog.get(name)
+        metadata.__dict__.pop("thing_classes", None)  # load_coco_json sets the file's own
+        records = load_coco_json(json_file, images, name)
+        if entry["CLASSES"] and entry["CLASSES"] != metadata.thing_classes:
+            raise ValueError(
+                f"{key}.CLASSES is {entry['CLASSES']}, but the categories of {json_file}, by id, "
+                f"are {metadata.thing_classes}"
+            )
+        for record in records[:1]:
+            _require(record["file_name"], f"an image of {json_file}, {key}.IMAGES")
+        return records
+
+    metadata = {"json_file": json_file, "image_root": images, "evaluator_type": "coco"}
+    return load, {**metadata, **({"thing_classes": entry["CLASSES"]} if entry["CLASSES"] else {})}
+
+
+def _shapes(name: str, entry: dict) -> tuple:
+    root, split = entry["ROOT"], entry["SPLIT"]
+    if split not in SHAPES_SPLITS:
+        raise ValueError(
+            f"DATASETS.REGISTER.{name}.SPLIT is {split!r}; it must be one of {list(SHAPES_SPLITS)}"
+        )
+    files = {"ANNOTATIONS": f"{split}.json", "IMAGES": os.path.join(split, "images")}
+    load_coco, metadata = _coco(name, {"ROOT": root, "CLASSES": list(SHAPES_CLASSES), **files})
+
+    def load() -> list[dict]:
+        render_shapes(root, split)
+        return load_coco()
+
+    return load, metadata
+
+
+def _check_entry(name: str, node: Any) -> dict:
+    """The entry with its defaults filled in and ROOT made a path from the current folder."""
+    key = f"DATASETS.REGISTER.{name}"
+    if not isinstance(node, dict):
+        raise ValueError(f"{key} is {node!r}; it must be a mapping such as {{FORMAT: coco, …}}")
+    value = str(node.get("FORMAT"))
+    if value not in _KEYS:
+        raise ValueError(
+            f"{key}.FORMAT is {value!r}; it must be one of {list(_KEYS)}{_hint(value, _KEYS)}"
+        )
+    keys = _KEYS[value]
+    for k in node:
+        if k != "FORMAT" and k not in keys:
+            raise ValueError(
+                f"{key}.{k} = {node[k]!r} isn't a key of FORMAT {node['FORMAT']}, whose keys are "
+                f"{list(keys)}{_hint(k, keys)}"
+            )
+    entry = {"FORMAT": node["FORMAT"]}
+    for k, default in keys.items():
+        value = entry[k] = node.get(k, default)
+        if k == "CLASSES" and isinstance(value, (list, tuple)):
+            entry[k] = value = list(value)
+            valid = all(isinstance(c, str) for c in value) and len(set(value)) == len(value)
+            valid = valid and (value or default is not None)
+            expected = "a list of different names (in quotes if YAML takes them for numbers)"
+        elif k == "USE_DIFFICULT":
+            valid, expected = isinstance(value, bool), "True or False"
+        else:
+            valid = isinstance(value, str) and value and k != "CLASSES"
+            expected = "a list of class names" if k == "CLASSES" else "a string"
+        if not valid:
+            given = f"is {value!r}" if k in node else "is missing"
+            raise ValueError(f"{key}.{k} {given}; FORMAT {node['FORMAT']} needs {expected}")
+    folder = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    entry["ROOT"] = os.path.join(folder, os.path.expanduser(entry["ROOT"]))
+    return entry
+
+
+def _require(path: str, origin: str) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path} does not exist (from {origin}; DETECTRON2_DATASETS is "
+            f"{os.environ.get('DETECTRON2_DATASETS', 'not set, so datasets')!r})"
+        )
+
+
+def _hint(value: Any, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(value), list(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,143 @@
+"""Data loaders whose samples depend on the seed and their number in the run, on nothing else."""
+
+import contextlib
+import itertools
+import logging
+import random
+import signal
+from typing import Callable, Iterator, List, Optional
+
+import cv2
+import numpy as np
+import torch.utils.data
+from detectron2.data import (
+    DatasetFromList,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.utils import comm
+
+from ssd.data.datasets import check_class_count, find_box_defects
+from ssd.data.mapper import SSDDatasetMapper
+
+__all__ = ["RunSampler", "SampleStream", "build_test_loader", "build_train_loader"]
+
+logger = logging.getLogger(__name__)
+
+
+class SampleStream(torch.utils.data.Dataset):
+    """An endless sequence of augmented samples: item n is the n-th sample of the run.
+
+    The data set is shuffled anew in every epoch. Both the order and a sample's augmentation are
+    drawn from (seed, number) only: not from the worker, its process or what came before.
+    """
+
+    def __init__(self, dataset: List[dict], mapper: Callable, seed: int):
+        if not dataset:
+            raise ValueError("DATASETS.TRAIN holds no image")
+        self._dataset = DatasetFromList(dataset, copy=False)
+        self._mapper = mapper
+        self._seed = seed
+        self._order = (-1, None)
+
+    def __getitem__(self, number: int) -> dict:
+        epoch, position = divmod(number, len(self._dataset))
+        if self._order[0] != epoch:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._dataset))
+            self._order = (epoch, order)
+        with _seeded(self._seed, number):
+            return self._mapper(self._dataset[int(self._order[1][position])])
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, number: int) -> Iterator[None]:
+    """Seeds the global generators, which Detectron2's augmentations draw from, and restores them."""
+    states = np.random.get_state(), random.getstate()
+    words = np.random.SeedSequence([seed, number]).generate_state(2)
+    np.random.seed(words)
+    random.seed(int(words[0]))
+    try:
+        yield
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
+
+
+class RunSampler(torch.utils.data.Sampler):
+    """Sample numbers of this process: of each iteration's global batch, its contiguous share.
+
+    Attributes:
+        start_iter: the iteration to begin with; set before iterating, to resume.
+    """
+
+    def __init__(self, ims_per_batch: int):
+        world_size = comm.get_world_size()
+        if ims_per_batch < 1 or ims_per_batch % world_size:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH {ims_per_batch} must be a positive multiple of the "
+                f"{world_size} processes"
+            )
+        self.start_iter = 0
+        self._global = ims_per_batch
+        self.batch_size = ims_per_batch // world_size
+        self._offset = comm.get_rank() * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        for iteration in itertools.count(self.start_iter):
+            first = iteration * self._global + self._offset
+            yield from range(first, first + self.batch_size)
+
+
+def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.data.DataLoader:
+    """An endless loader of lists of ``IMS_PER_BATCH / processes`` mapped dicts.
+
+    Raises:
+        ValueError: class names or counts disagree, no image, a batch size that doesn't divide,
+            or a ``DATALOADER.SAMPLER_TRAIN`` other than the default.
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN: only 'TrainingSampler' (shuffled epochs) is supported, got "
+            f"{cfg.DATALOADER.SAMPLER_TRAIN!r}"
+        )
+    dataset = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    check_class_count(cfg)
+    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
+    defects = find_box_defects(dataset, classes)
+    for line in defects[:20]:
+        logger.warning("Left out of training: %s", line)
+    if len(defects) > 20:
+        logger.warning("… and %d more defective boxes", len(defects) - 20)
+
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    sampler = RunSampler(cfg.SOLVER.IMS_PER_BATCH)
+    return torch.utils.data.DataLoader(
+        SampleStream(dataset, mapper or SSDDatasetMapper(cfg, True), seed),
+        sampler=sampler,
+        batch_size=sampler.batch_size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_no_collation,
+        worker_init_fn=_init_worker,
+    )
+
+
+def build_test_loader(cfg, dataset_name: str, mapper: Optional[Callable] = None):
+    """Detectron2's test loader with our mapper, ``TEST.IMS_PER_BATCH`` images at a time."""
+    return build_detection_test_loader(
+        cfg,
+        dataset_name,
+        mapper=mapper or SSDDatasetMapper(cfg, False),
+        batch_size=cfg.TEST.IMS_PER_BATCH,
+    )
+
+
+def _no_collation(batch: List[dict]) -> List[dict]:
+    return batch
+
+
+def _init_worker(_: int) -> None:
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle

@@ -1,0 +1,342 @@
+"""Training and evaluation: Detectron2's DefaultTrainer with what SSD's recipes need."""
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+import weakref
+from typing import Callable, Dict, List
+
+import cv2
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    hooks,
+)
+from detectron2.engine import launch as launch_processes
+from detectron2.utils import comm
+from detectron2.utils.visualizer import Visualizer
+from torch import Tensor
+
+from ssd.checkpoint import SSDCheckpointer
+from ssd.config import load_config
+from ssd.data.datasets import check_class_count
+from ssd.data.loader import build_test_loader, build_train_loader
+from ssd.data.mapper import read_image
+from ssd.evaluation import build_evaluator
+
+__all__ = ["Trainer", "argument_parser", "draw_detections", "launch", "setup"]
+
+logger = logging.getLogger(__name__)
+
+
+def argument_parser():
+    """Detectron2's standard arguments; the port is chosen freely, so that two runs don't collide."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    return parser
+
+
+def launch(main: Callable, args) -> None:
+    """Runs ``main(args)`` in ``--num-gpus`` processes per machine, or as a process of ``torchrun``.
+
+    Processes use NCCL on GPUs and gloo without.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join_torchrun()
+        main(args)
+        return
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError("--num-machines > 1 needs --dist-url tcp://MACHINE0:PORT, got 'auto'")
+    if args.num_gpus > 1 and torch.cuda.is_available():
+        if args.num_gpus > (found := torch.cuda.device_count()):
+            raise ValueError(f"--num-gpus {args.num_gpus}, but this machine has {found} GPUs")
+    if args.num_gpus * args.num_machines > 1:
+        # the processes handle Ctrl-C themselves; this one waits for them
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launch_processes(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def _join_torchrun() -> None:
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
+
+
+def setup(args):
+    """The config of the command line's arguments; logs it and the environment.
+
+    Raises:
+        OSError: ``OUTPUT_DIR`` can't be written.
+        See also :func:`load_config`.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    _check_output_dir(cfg.OUTPUT_DIR)
+    default_setup(cfg, args)
+    return cfg
+
+
+def _check_output_dir(folder: str) -> None:
+    path = os.path.join(folder, f".writable.{os.getpid()}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "w"):
+            pass
+        os.remove(path)
+    except OSError as error:
+        raise type(error)(f"OUTPUT_DIR {folder!r} can't be written: {error}") from None
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer with our loaders, checkpoints, evaluators and training step.
+
+    Like every DefaultTrainer it is steered by the config; ``resume_or_load()``, then ``train()``.
+    """
+
+    def __init__(self, cfg):
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = _scale_learning_rate(cfg)
+        data_loader = self.build_train_loader(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        # not given, Detectron2 would pass device ids, which fails on CPUs
+        kwargs = {} if model.device.type == "cuda" else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **kwargs)
+        self._trainer = TrainingStep(
+            model, data_loader, optimizer, cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else ""
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = SSDCheckpointer(
+            model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        self._trainer.data_loader.sampler.start_iter = self.start_iter
+
+    def build_hooks(self) -> List[HookBase]:
+        ret = super().build_hooks()
+        own = [GracefulStop(self.checkpointer)]
+        if self.cfg.TEST.BEST_METRIC and comm.is_main_process():
+            metric, period = self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD
+            own.insert(0, BestCheckpoint(period, self.checkpointer, metric))
+        at = len(ret) - comm.is_main_process()  # the main process's last hook writes the metrics
+        return ret[:at] + own + ret[at:]
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        check_class_count(cfg)
+        return super().test(cfg, model, evaluators)
+
+
+def _scale_learning_rate(cfg):
+    reference = cfg.SOLVER.REFERENCE_IMS_PER_BATCH
+    if not reference:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.BASE_LR *= cfg.SOLVER.IMS_PER_BATCH / reference
+    cfg.freeze()
+    logger.info("Learning rate scaled to %g for a global batch of %d (SOLVER.IMS_PER_BATCH)",
+                cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH)
+    return cfg
+
+
+class TrainingStep(SimpleTrainer):
+    """SimpleTrainer with automatic mixed precision on any device, and a check of the losses."""
+
+    def __init__(self, model, data_loader, optimizer, amp_dtype: str = ""):
+        """``amp_dtype``: "bfloat16", "float16" (with loss scaling, CUDA only), or "" for none."""
+        super().__init__(model, data_loader, optimizer)
+        self.device = next(model.parameters()).device.type
+        if amp_dtype not in ("", "bfloat16", "float16"):
+            raise ValueError(f"SOLVER.AMP.DTYPE: 'bfloat16' or 'float16', got {amp_dtype!r}")
+        if amp_dtype == "float16" and self.device != "cuda":
+            raise ValueError(f"SOLVER.AMP.DTYPE float16 needs CUDA, MODEL.DEVICE is {self.device}")
+        self.amp_dtype = getattr(torch, amp_dtype) if amp_dtype else None
+        self.grad_scaler = torch.amp.GradScaler(self.device, enabled=amp_dtype == "float16")
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        with torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None):
+            losses = self.model(data)
+        check_finite(losses, self.iter, data)
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def state_dict(self) -> Dict:
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: Dict) -> None:
+        super().load_state_dict(state_dict)
+        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+
+
+def check_finite(losses: Dict[str, Tensor], iteration: int, data: List[Dict]) -> None:
+    """FloatingPointError with every term, the iteration and the batch's files if one isn't finite."""
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    if not all(map(math.isfinite, values.values())):
+        files = ", ".join(str(x.get("file_name")) for x in data)
+        raise FloatingPointError(
+            f"loss is not finite at iteration {iteration}: {values}; batch: {files}. "
+            "Lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS if the images are fine."
+        )
+
+
+class BestCheckpoint(HookBase):
+    """Keeps ``model_best.pth`` by an evaluation metric, also across a resume.
+
+    Unlike Detectron2's BestCheckpointer it leaves ``last_checkpoint`` alone and remembers the best
+    value, in ``model_best.json``.
+    """
+
+    def __init__(self, period: int, checkpointer: SSDCheckpointer, metric: str):
+        """``metric``: a key of the evaluation, e.g. "bbox/AP50"; higher is better."""
+        self._period, self._checkpointer, self._metric = period, checkpointer, metric
+        self._path = os.path.join(checkpointer.save_dir, "model_best.json")
+        self._best = -math.inf
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0 and os.path.isfile(self._path):
+            with open(self._path) as file:
+                best = json.load(file)
+            if best["metric"] == self._metric:
+                self._best = best["value"]
+
+    def after_step(self) -> None:
+        step = self.trainer.iter + 1
+        if self._period > 0 and step % self._period == 0 and step != self.trainer.max_iter:
+            self._keep_if_best()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:  # as EvalHook: not after a failure
+            self._keep_if_best()
+
+    def _keep_if_best(self) -> None:
+        latest = self.trainer.storage.latest()
+        if self._metric not in latest:
+            raise ValueError(
+                f"TEST.BEST_METRIC {self._metric!r} is not evaluated; there are "
+                f"{[name for name in latest if '/' in name]}"
+            )
+        value = float(latest[self._metric][0])
+        if value > self._best:  # False for nan
+            self._best = value
+            iteration = self.trainer.iter
+            self._checkpointer.save("model_best", tag=False, iteration=iteration)
+            with open(self._path, "w") as file:
+                json.dump({"metric": self._metric, "value": value, "iteration": iteration}, file)
+            logger.info("Best %s so far: %.3f, saved as model_best.pth", self._metric, value)
+
+
+class GracefulStop(HookBase):
+    """On Ctrl-C or SIGTERM finishes the iteration, saves, and exits with 128 + the signal's number.
+
+    A second signal interrupts at once.
+    """
+
+    PERIOD = 10  # iterations between agreements, if there are several processes
+
+    def __init__(self, checkpointer: SSDCheckpointer):
+        self._checkpointer = checkpointer
+        self._signal = 0
+        self._handlers: Dict[int, object] = {}
+
+    def before_train(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self._signal = number
+        self._restore()
+        logger.warning("Stopping after this iteration; once more to stop at once")
+
+    def after_step(self) -> None:
+        stop = self._signal
+        if comm.get_world_size() > 1:
+            due = (self.trainer.iter + 1) % self.PERIOD == 0
+            stop = max(comm.all_gather(stop)) if due else 0
+        if stop:
+            iteration = self.trainer.iter
+            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            logger.info("Stopped after iteration %d; continue with --resume", iteration)
+            raise SystemExit(128 + stop)
+
+    def after_train(self) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if callable(handler) else signal.SIG_DFL)
+        self._handlers = {}
+
+
+def draw_detections(cfg, model, score_thresh: float = 0.5) -> List[str]:
+    """Writes pictures of ``TEST.VIS_IMAGES`` images of each test set to OUTPUT_DIR/detections.
+
+    The images are spread evenly over the set. Returns the files' names.
+    """
+    paths = []
+    for name in cfg.DATASETS.TEST:
+        folder = os.path.join(cfg.OUTPUT_DIR, "detections", name)
+        os.makedirs(folder, exist_ok=True)
+        loader = build_test_loader(cfg, name)
+        dataset = loader.dataset
+        count = min(cfg.TEST.VIS_IMAGES, len(dataset))
+        model.eval()
+        for index in range(count):
+            sample = dataset[index * len(dataset) // count]
+            with torch.no_grad():
+                instances = model([sample])[0]["instances"].to("cpu")
+            instances = instances[instances.scores > score_thresh]
+            image = read_image(sample["file_name"], "RGB")
+            picture = Visualizer(image, MetadataCatalog.get(name)).draw_instance_predictions(instances)
+            stem = os.path.splitext(os.path.basename(sample["file_name"]))[0]
+            paths.append(os.path.join(folder, f"{stem}.jpg"))
+            cv2.imwrite(paths[-1], picture.get_image()[:, :, ::-1])
+    logger.info("Wrote %d pictures of detections to %s/detections", len(paths), cfg.OUTPUT_DIR)
+    return paths

@@ -1,0 +1,263 @@
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from ssd.config import add_ssd_config
+from ssd.data import datasets, shapes
+from ssd.data.datasets import check_class_count, find_box_defects, read_voc, register_datasets
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TEST_DATA = os.environ.get("SSD_TEST_DATA") or os.path.join(HERE, "../../../shared/data")
+BCCD = os.path.join(TEST_DATA, "bccd")
+needs_bccd = pytest.mark.skipif(not os.path.isdir(BCCD), reason=f"no {BCCD} ($SSD_TEST_DATA)")
+
+
+@pytest.fixture(autouse=True)
+def clean_catalog(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    yield
+    for name in list(datasets._registered):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+        del datasets._registered[name]
+
+
+def make_cfg(entries, train=(), test=(), num_classes=2):
+    cfg = get_cfg()
+    add_ssd_config(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)
+    cfg.MODEL.SSD.NUM_CLASSES = num_classes
+    cfg.merge_from_other_cfg(CfgNode({"DATASETS": {"REGISTER": entries}}))
+    return cfg
+
+
+def write_voc(root, xmls, split="train", suffix=".jpg"):
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        os.makedirs(root / folder, exist_ok=True)
+    for image_id, xml in xmls.items():
+        (root / "Annotations" / f"{image_id}.xml").write_text(xml)
+        image = np.zeros((30, 40, 3), np.uint8)
+        cv2.imwrite(str(root / "JPEGImages" / (image_id + suffix)), image)
+    (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(xmls) + "\n")
+
+
+def voc_object(box, name="cat", difficult=0):
+    corners = zip(("xmin", "ymin", "xmax", "ymax"), box)
+    box = "".join(f"<{k}>{v}</{k}>" for k, v in corners)
+    return (
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox>"
+        "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"
+    )
+
+
+def voc_xml(*objects, size="<size><width>40</width><height>30</height></size>", name="a.jpg"):
+    return f"<annotation><filename>{name}</filename>{size}{''.join(objects)}</annotation>"
+
+
+def write_coco(root, categories=((7, "dog"), (3, "cat"))):
+    os.makedirs(root / "images", exist_ok=True)
+    cv2.imwrite(str(root / "images/1.jpg"), np.zeros((30, 40, 3), np.uint8))
+    data = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 30, "width": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4]}],
+        "categories": [{"id": i, "name": n} for i, n in categories],
+    }
+    (root / "train.json").write_text(json.dumps(data))
+
+
+VOC = {"FORMAT": "voc", "ROOT": "v", "SPLIT": "train", "CLASSES": ["cat", "dog"]}
+COCO = {"FORMAT": "coco", "ROOT": "c", "ANNOTATIONS": "train.json", "IMAGES": "images"}
+
+
+def test_voc(tmp_path):
+    # 1-based inclusive (1, 1, 40, 30) is the whole image of 40 x 30.
+    xml = voc_xml(voc_object((1, 1, 40, 30)), voc_object((5, 6, 7.5, 8), "dog", difficult=1))
+    write_voc(tmp_path / "v", {"b": xml, "a": voc_xml()})
+    register_datasets(make_cfg({"t_voc": VOC, "t_difficult": {**VOC, "USE_DIFFICULT": True}}))
+    assert MetadataCatalog.get("t_voc").thing_classes == ["cat", "dog"]
+    records = DatasetCatalog.get("t_voc")
+    assert [r["image_id"] for r in records] == ["b", "a"]  # the list's order
+    assert records[0]["file_name"] == str(tmp_path / "v/JPEGImages/b.jpg")
+    assert (records[0]["height"], records[0]["width"]) == (30, 40)
+    mode = BoxMode.XYXY_ABS
+    cat = {"category_id": 0, "bbox": [0, 0, 40, 30], "bbox_mode": mode, "iscrowd": 0}
+    dog = {"category_id": 1, "bbox": [4, 5, 7.5, 8], "bbox_mode": mode, "iscrowd": 1}
+    assert records[0]["annotations"] == [cat, dog] and records[1]["annotations"] == []
+    annotations = DatasetCatalog.get("t_difficult")[0]["annotations"]
+    assert annotations == [cat, {**dog, "iscrowd": 0}]
+
+
+def test_voc_image_of_another_type_and_unknown_size(tmp_path):
+    xmls = {"a": voc_xml(size="", name="whatever.png")}
+    xmls["b"] = voc_xml(size="<size><width>0</width><height>0</height></size>", name="b.png")
+    write_voc(tmp_path, xmls, suffix=".png")
+    for record in read_voc(str(tmp_path), "train", ["cat"]):
+        assert record["file_name"].endswith(".png")
+        assert (record["height"], record["width"]) == (30, 40)
+
+
+def test_voc_box_defects_are_dropped_and_logged(tmp_path, caplog):
+    boxes = [(5, 5, 5, 9), (9, 5, 3, 9), (1, 1, 10, 10), (1, "x", 9, 9), (41, 1, 60, 9)]
+    write_voc(tmp_path / "v", {"a": voc_xml(*map(voc_object, boxes))})
+    records = read_voc(str(tmp_path / "v"), "train", ["cat", "dog"])
+    defects = find_box_defects(records, ["cat", "dog"])
+    file_name = records[0]["file_name"]
+    assert defects == [
+        f"{file_name}: object 0 (cat) has zero width: [5.0, 4.0, 5.0, 9.0]",
+        f"{file_name}: object 1 (cat) has negative width: [9.0, 4.0, 3.0, 9.0]",
+        f"{file_name}: object 3 (cat) isn't finite: [0.0, nan, 9.0, 9.0]",
+        f"{file_name}: object 4 (cat) lies outside the image of 40x30: [40.0, 0.0, 60.0, 9.0]",
+    ]
+    assert "object 0 (class 0)" in find_box_defects(records)[0]
+    register_datasets(make_cfg({"t_voc": VOC}))
+    records = DatasetCatalog.get("t_voc")
+    assert [a["bbox"] for a in records[0]["annotations"]] == [[0, 0, 10, 10]]
+    assert "t_voc: dropped 4 boxes" in caplog.text and defects[0] in caplog.text
+    assert find_box_defects(records) == []
+
+
+def test_voc_errors(tmp_path):
+    root = tmp_path / "v"
+    key = "DATASETS.REGISTER.t_voc"
+    register_datasets(make_cfg({"t_voc": VOC}))  # nothing is read yet
+
+    def load_fails(error, *texts):
+        with pytest.raises(error) as info:
+            DatasetCatalog.get("t_voc")
+        for text in texts:
+            assert text in str(info.value)
+
+    load_fails(FileNotFoundError, "train.txt", f"{key}.SPLIT = 'train'", f"is '{tmp_path}'")
+    write_voc(root, {"a": voc_xml(voc_object((1, 1, 5, 5), "cow"))})
+    load_fails(ValueError, "a.xml", "'cow'", f"{key}.CLASSES is ['cat', 'dog']")
+    (root / "Annotations/a.xml").write_text("<annotation><size>")
+    load_fails(ValueError, "a.xml is not valid XML", key)
+    os.remove(root / "Annotations/a.xml")
+    load_fails(FileNotFoundError, "a.xml", f"{key}.SPLIT")
+    write_voc(root, {"a": voc_xml()})
+    os.remove(root / "JPEGImages/a.jpg")
+    load_fails(FileNotFoundError, "a.jpg", f"{key}.SPLIT")
+
+
+@needs_bccd
+def test_bccd():
+    classes = ["RBC", "WBC", "Platelets"]
+    counts, defects = {}, []
+    for split in ("train", "val", "test"):
+        records = read_voc(BCCD, split, classes)
+        counts[split] = len(records), sum(len(r["annotations"]) for r in records)
+        defects += find_box_defects(records, classes)
+    assert {split: count[0] for split, count in counts.items()} == {
+        "train": 205, "val": 87, "test": 72,
+    }  # fmt: skip
+    assert sum(count[1] for count in counts.values()) == 4888
+    assert sorted(os.path.basename(line) for line in defects) == [
+        "BloodImage_00338.jpg: object 12 (RBC) has zero width: [504.0, 337.0, 504.0, 337.0]",
+        "BloodImage_00343.jpg: object 3 (RBC) has zero width: [181.0, 329.0, 181.0, 329.0]",
+    ]
+
+
+def test_coco(tmp_path):
+    write_coco(tmp_path / "c")
+    register_datasets(make_cfg({"t_coco": COCO, "t_named": {**COCO, "CLASSES": ["cat", "dog"]}}))
+    assert MetadataCatalog.get("t_coco").get("thing_classes") is None
+    assert MetadataCatalog.get("t_named").thing_classes == ["cat", "dog"]
+    for name in ("t_coco", "t_named", "t_named"):
+        (record,) = DatasetCatalog.get(name)
+        assert record["file_name"] == str(tmp_path / "c/images/1.jpg")
+        assert record["annotations"][0]["category_id"] == 1  # dog: 7 is the second id
+        assert MetadataCatalog.get(name).thing_classes == ["cat", "dog"]
+
+
+def test_coco_errors(tmp_path):
+    entry = {**COCO, "CLASSES": ["dog", "cat"]}
+    register_datasets(make_cfg({"t_coco": entry}))
+    with pytest.raises(FileNotFoundError, match="train.json.*t_coco.ANNOTATIONS.*DETECTRON2"):
+        DatasetCatalog.get("t_coco")
+    write_coco(tmp_path / "c")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"t_coco.CLASSES is \['dog', 'cat'\], .*'cat', 'dog'"):
+            DatasetCatalog.get("t_coco")
+    register_datasets(make_cfg({"t_coco": {**COCO, "IMAGES": "pictures"}}))
+    with pytest.raises(FileNotFoundError, match="pictures.*t_coco.IMAGES = 'pictures'"):
+        DatasetCatalog.get("t_coco")
+
+
+def test_shapes_are_rendered_at_first_use(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SPLITS, "val", 2)
+    register_datasets(make_cfg({"t_shapes": {"FORMAT": "shapes", "SPLIT": "val"}}))
+    assert MetadataCatalog.get("t_shapes").thing_classes == list(shapes.CLASSES)
+    assert not os.listdir(tmp_path)
+    records = DatasetCatalog.get("t_shapes")
+    assert len(records) == 2 and os.path.isfile(tmp_path / "shapes/val.json")
+    for record in records:
+        assert os.path.isfile(record["file_name"])
+    assert find_box_defects(records) == []
+
+
+def test_registering_again():
+    cfg = make_cfg({"t_voc": VOC})
+    register_datasets(cfg)
+    load = DatasetCatalog["t_voc"]
+    register_datasets(cfg)
+    assert DatasetCatalog["t_voc"] is load
+    register_datasets(make_cfg({"t_voc": {**VOC, "CLASSES": ["cow"]}}))
+    assert DatasetCatalog["t_voc"] is not load
+    assert MetadataCatalog.get("t_voc").thing_classes == ["cow"]
+
+
+def test_the_datasets_folder_is_followed(monkeypatch):
+    register_datasets(make_cfg({"t_coco": COCO}))
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    register_datasets(make_cfg({"t_coco": COCO, "t_absolute": {**COCO, "ROOT": "/data/c"}}))
+    assert MetadataCatalog.get("t_coco").json_file == "datasets/c/train.json"
+    assert MetadataCatalog.get("t_absolute").json_file == "/data/c/train.json"
+
+
+@pytest.mark.parametrize(
+    "name, entry, message",
+    [
+        ("x", "voc", r"REGISTER.x is 'voc'; it must be a mapping"),
+        ("x", {"FORMAT": "cocoo"}, r"x.FORMAT is 'cocoo'.*did you mean coco"),
+        ("x", {"SPLIT": "val"}, r"x.FORMAT is 'None'; it must be one of \['coco', 'voc', 'shapes'"),
+        ("x", {**VOC, "SPLITT": "a"}, r"x.SPLITT = 'a'.*did you mean SPLIT"),
+        ("x", {**VOC, "IMAGES": "a"}, r"x.IMAGES = 'a' isn't a key of FORMAT voc"),
+        ("x", {"FORMAT": "voc", "ROOT": "v", "SPLIT": "a"}, r"x.CLASSES is missing"),
+        ("x", {"FORMAT": "coco", "ROOT": "v"}, r"x.ANNOTATIONS is missing; .* needs a string"),
+        ("x", {**VOC, "SPLIT": 2012}, r"x.SPLIT is 2012; FORMAT voc needs a string"),
+        ("x", {**VOC, "CLASSES": []}, r"x.CLASSES is \[\]"),
+        ("x", {**VOC, "CLASSES": ["a", True]}, r"x.CLASSES is \['a', True\].*different names"),
+        ("x", {**VOC, "CLASSES": ["a", "a"]}, r"x.CLASSES is \['a', 'a'\]"),
+        ("x", {**VOC, "CLASSES": "cat"}, r"x.CLASSES is 'cat'; .* a list of class names"),
+        ("x", {**VOC, "USE_DIFFICULT": 1}, r"x.USE_DIFFICULT is 1; .* True or False"),
+        ("x", {"FORMAT": "shapes", "SPLIT": "test"}, r"x.SPLIT is 'test'.*'train', 'val'"),
+        ("coco_2017_val", VOC, r"REGISTER.coco_2017_val: .*registered by Detectron2"),
+    ],
+)
+def test_wrong_entries(name, entry, message):
+    with pytest.raises(ValueError, match=message):
+        register_datasets(make_cfg({name: entry}))
+
+
+def test_check_class_count(tmp_path):
+    write_coco(tmp_path / "c")
+    entries = {"t_voc": VOC, "t_coco": COCO, "t_turned": {**VOC, "CLASSES": ["dog", "cat"]}}
+    register_datasets(make_cfg(entries))
+    check_class_count(make_cfg(entries, ["t_voc"], ["t_coco"]))  # reads the COCO file
+    for num_classes in (1, 3):
+        with pytest.raises(ValueError) as info:
+            check_class_count(make_cfg(entries, ["t_voc"], [], num_classes))
+        assert "'t_voc' has 2 classes (cat, dog)" in str(info.value)
+        assert f"MODEL.SSD.NUM_CLASSES is {num_classes}" in str(info.value)
+        assert "DATASETS.REGISTER.t_voc.CLASSES" in str(info.value)
+    with pytest.raises(ValueError, match="'t_turned'.*'dog', 'cat'.*'t_voc'.*'cat', 'dog'"):
+        check_class_count(make_cfg(entries, ["t_voc"], ["t_turned"]))
+    with pytest.raises(ValueError, match="DATASETS.TEST: data set 't_cocoo'.*did you mean t_coco"):
+        check_class_count(make_cfg(entries, ["t_voc"], ["t_cocoo"]))
+    check_class_count(make_cfg({}, ["coco_2017_train"], ["coco_2017_val"], 80))

@@ -1,0 +1,289 @@
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import comm
+
+from ssd.config import add_ssd_config
+from ssd.evaluation import COCOBoxEvaluator, VOCEvaluator, build_evaluator
+
+NAME = "t_evaluation"
+
+
+@pytest.fixture(autouse=True)
+def clean_catalog():
+    yield
+    DatasetCatalog.pop(NAME, None)
+    MetadataCatalog.pop(NAME, None)
+
+
+def register(images, classes):
+    """``images``: per image a list of (box, class) or (box, class, difficult)."""
+    DatasetCatalog.pop(NAME, None)
+    MetadataCatalog.pop(NAME, None)
+    records = []
+    for index, objects in enumerate(images):
+        annotations = [
+            {"bbox": o[0], "category_id": o[1], "iscrowd": int(len(o) > 2 and o[2])}
+            for o in objects
+        ]
+        for annotation in annotations:
+            annotation["bbox_mode"] = BoxMode.XYXY_ABS
+        record = {"file_name": f"{index}.jpg", "image_id": f"id{index}", "height": 100}
+        records.append({**record, "width": 100, "annotations": annotations})
+    DatasetCatalog.register(NAME, lambda: records)
+    MetadataCatalog.get(NAME).thing_classes = classes
+
+
+def detect(evaluator, images):
+    """``images``: per image a list of (box, class, score); feeds them and evaluates."""
+    evaluator.reset()
+    for index, found in enumerate(images):
+        instances = Instances((100, 100))
+        instances.pred_boxes = Boxes(torch.tensor([f[0] for f in found]).reshape(-1, 4).float())
+        instances.pred_classes = torch.tensor([f[1] for f in found], dtype=torch.int64)
+        instances.scores = torch.tensor([f[2] for f in found], dtype=torch.float32)
+        evaluator.process([{"image_id": f"id{index}"}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+A, B, C, FAR = [0, 0, 10, 10], [20, 20, 40, 40], [5, 5, 25, 25], [60, 60, 80, 80]
+
+
+def test_voc_by_hand():
+    # Three objects: A and B in image 0, C in image 1. Detections by score:
+    #   0.9 A        hit            precision 1/1  recall 1/3
+    #   0.8 A again  false positive           1/2         1/3
+    #   0.7 C        hit                      2/3         2/3
+    #   0.6 FAR      false positive           2/4         2/3
+    #   0.5 B        hit                      3/5         1
+    # Envelope: 1 up to recall 1/3, 2/3 up to 2/3, 3/5 up to 1.
+    # Area: (1 + 2/3 + 3/5) / 3 = 34/45.
+    # 11 points: recall 0 … 0.3 (4) at 1, 0.4 … 0.6 (3) at 2/3, 0.7 … 1 (4) at 3/5: 8.4/11.
+    register([[(A, 0), (B, 0)], [(C, 0)]], ["cat"])
+    shifted = [0, 0, 10, 9]  # IoU 0.9
+    detections = [[(shifted, 0, 0.8), (A, 0, 0.9), (B, 0, 0.5)], [(FAR, 0, 0.6), (C, 0, 0.7)]]
+    results = detect(VOCEvaluator(NAME), detections)["voc"]
+    assert results["mAP"] == pytest.approx(100 * 34 / 45)
+    assert results["AP-cat"] == results["mAP"]
+    assert results["mAP_11point"] == pytest.approx(100 * 8.4 / 11)
+
+
+def test_voc_recall_points_are_exact():
+    # Ten objects, the three best found: recall 3/10 reaches the point 0.3, 4 of 11 points.
+    boxes = [[10 * i, 0, 10 * i + 8, 8] for i in range(10)]
+    register([[(box, 0) for box in boxes]], ["cat"])
+    results = detect(VOCEvaluator(NAME), [[(box, 0, 0.5) for box in boxes[:3]]])["voc"]
+    assert results["mAP_11point"] == pytest.approx(100 * 4 / 11)
+    assert results["mAP"] == pytest.approx(30)
+
+
+def test_voc_difficult_is_neither_hit_nor_miss():
+    # B is difficult: both detections of it vanish. A is found after one false positive: 1/2.
+    register([[(A, 0), (B, 0, 1)]], ["cat"])
+    detections = [[(B, 0, 0.9), (B, 0, 0.8), (FAR, 0, 0.7), (A, 0, 0.6)]]
+    assert detect(VOCEvaluator(NAME), detections)["voc"]["mAP"] == pytest.approx(50)
+    assert detect(VOCEvaluator(NAME), [[(A, 0, 0.6)]])["voc"]["mAP"] == pytest.approx(100)
+
+
+def test_voc_equal_scores_keep_their_order():
+    register([[(A, 0)]], ["cat"])
+    first = detect(VOCEvaluator(NAME), [[(A, 0, 0.5), (FAR, 0, 0.5)]])["voc"]["mAP"]
+    last = detect(VOCEvaluator(NAME), [[(FAR, 0, 0.5), (A, 0, 0.5)]])["voc"]["mAP"]
+    assert (first, last) == pytest.approx((100, 50))
+    # Unrounded: the third decimal would make these equal.
+    close = [[(FAR, 0, 0.50001), (A, 0, 0.50002)]]
+    assert detect(VOCEvaluator(NAME), close)["voc"]["mAP"] == pytest.approx(100)
+
+
+def test_voc_iou_threshold():
+    register([[(A, 0)]], ["cat"])
+    for height, expected in ((5.0, 100), (4.99, 0)):  # IoU 0.5 is enough
+        results = detect(VOCEvaluator(NAME), [[([0, 0, 10, height], 0, 0.5)]])["voc"]
+        assert results["mAP"] == pytest.approx(expected)
+
+
+def test_voc_classes_and_empty_cases():
+    register([[(A, 0), (B, 1)], []], ["cat", "dog", "cow"])
+    evaluator = VOCEvaluator(NAME)
+    # A box of the wrong class is a false positive, also for one without objects.
+    results = detect(evaluator, [[(A, 0, 0.5), (B, 0, 0.9)], [(A, 2, 0.5)]])["voc"]
+    assert results["AP-cat"] == pytest.approx(50) and results["AP-dog"] == 0
+    assert np.isnan(results["AP-cow"]) and results["mAP"] == pytest.approx(25)
+    for found in ([], [[], []]):  # no image, no detection
+        results = detect(evaluator, found)["voc"]
+        assert results["mAP"] == 0 and results["mAP_11point"] == 0
+    register([[], []], ["cat"])
+    assert np.isnan(detect(VOCEvaluator(NAME), [[(A, 0, 0.5)], []])["voc"]["mAP"])
+    register([[([5, 5, 5, 9], 0), ([float("nan")] * 4, 0), (A, 0)]], ["cat"])  # two of no use
+    results = detect(VOCEvaluator(NAME), [[(A, 0, 0.5), ([5, 5, 5, 9], 0, 0.4)]])["voc"]
+    assert results["mAP"] == pytest.approx(100 / 3)
+
+
+def random_case(seed):
+    """Objects and detections, half of them near an object, of three classes in 40 images."""
+    rng = np.random.default_rng(seed)
+    truth, found = [], []
+    for _ in range(40):
+        corners = rng.uniform(0, 60, (rng.integers(0, 6), 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(10, 40, corners.shape)], 1)
+        labels = rng.integers(0, 3, len(boxes))
+        truth.append([(b.tolist(), int(k)) for b, k in zip(boxes, labels)])
+        near = [(b + rng.normal(0, 3, 4), k) for b, k in zip(boxes, labels) for _ in range(2)]
+        other = rng.uniform(0, 50, (4, 2))
+        near += [(np.append(c, c + 20), rng.integers(0, 3)) for c in other]
+        found.append([(b.tolist(), int(k), float(rng.random())) for b, k in near])
+    return truth, found
+
+
+def slow_average_precision(truth, found, label, eleven):
+    """The definition, one detection at a time, precision maxima by search."""
+    ordered = [(-f[2], i, f[0]) for i, image in enumerate(found) for f in image if f[1] == label]
+    taken, curve, hits = set(), [], 0
+    count = sum(o[1] == label for image in truth for o in image)
+    for number, (_, image, box) in enumerate(sorted(ordered), 1):
+        best, best_iou = None, 0.0
+        for index, (other, k) in enumerate(truth[image]):
+            w = min(box[2], other[2]) - max(box[0], other[0])
+            h = min(box[3], other[3]) - max(box[1], other[1])
+            if k == label and w > 0 and h > 0:
+                areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
+                iou = w * h / (sum(areas) - w * h)
+                if iou > best_iou:
+                    best, best_iou = index, iou
+        if best_iou >= 0.5 and (image, best) not in taken:
+            taken.add((image, best))
+            hits += 1
+        curve.append((hits / count, hits / number))
+    # The interpolated curve at given recalls; the middles of its steps give the area.
+    recalls = np.arange(11) / 10 - 1e-9 if eleven else (np.arange(count) + 0.5) / count
+    return 100 * np.mean([max([p for r, p in curve if r >= t], default=0) for t in recalls])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_voc_against_a_slow_version_and_pycocotools(seed, tmp_path):
+    truth, found = random_case(seed)
+    register(truth, ["cat", "dog", "cow"])
+    voc = detect(VOCEvaluator(NAME), found)["voc"]
+    for label, name in enumerate(["cat", "dog", "cow"]):
+        slow = slow_average_precision(truth, found, label, False)
+        assert voc[f"AP-{name}"] == pytest.approx(slow, abs=1e-6)
+    slow = [slow_average_precision(truth, found, label, True) for label in range(3)]
+    assert voc["mAP_11point"] == pytest.approx(np.mean(slow), abs=1e-6)
+    coco = detect(COCOBoxEvaluator(NAME, str(tmp_path)), found)["bbox"]
+    assert 20 < coco["AP50"] < 95
+    # COCO looks at 101 recalls, and lets a detection take its second-best object.
+    for name in ("cat", "dog", "cow"):
+        assert coco[f"AP50-{name}"] == pytest.approx(voc[f"AP-{name}"], abs=2)
+    mean = np.mean([coco[f"AP50-{name}"] for name in ("cat", "dog", "cow")])
+    assert coco["AP50"] == pytest.approx(mean)
+    assert "AP-cat" in coco
+
+
+def test_coco_without_detections_or_objects(tmp_path):
+    register([[(A, 0)], []], ["cat", "dog"])
+    evaluator = COCOBoxEvaluator(NAME, str(tmp_path))
+    assert np.isnan(detect(evaluator, [[], []])["bbox"]["AP50"])
+    assert detect(evaluator, []) == {}
+    results = detect(evaluator, [[(A, 0, 0.5)], [(A, 1, 0.4)]])["bbox"]
+    assert results["AP50-cat"] == pytest.approx(100) and np.isnan(results["AP50-dog"])
+    register([[], []], ["cat"])
+    assert detect(COCOBoxEvaluator(NAME, str(tmp_path)), [[(A, 0, 0.5)], []]) == {}
+
+
+def test_coco_converts_anew(tmp_path):
+    for box, expected in ((A, 100), (FAR, 0), (A, 100)):
+        register([[(box, 0)]], ["cat"])
+        for folder in ("a", "b"):
+            evaluator = COCOBoxEvaluator(NAME, str(tmp_path / folder))
+            results = detect(evaluator, [[(A, 0, 0.5)]])["bbox"]
+            assert results["AP50-cat"] == pytest.approx(expected)
+        DatasetCatalog.get(NAME)[0]["annotations"][0]["bbox"] = B  # the same registration
+        evaluator = COCOBoxEvaluator(NAME, str(tmp_path / "a"))
+        assert detect(evaluator, [[(B, 0, 0.5)]])["bbox"]["AP50"] == pytest.approx(100)
+
+
+def test_coco_ignores_difficult(tmp_path):
+    register([[(A, 0), (B, 0, 1)]], ["cat"])
+    results = detect(COCOBoxEvaluator(NAME, str(tmp_path)), [[(B, 0, 0.9), (A, 0, 0.6)]])["bbox"]
+    assert results["AP50"] == pytest.approx(100)
+
+
+def test_coco_file_without_optional_keys(tmp_path):
+    from detectron2.data.datasets import register_coco_instances
+
+    data = {
+        "images": [{"id": "id0", "file_name": "0.jpg", "height": 100, "width": 100}],
+        "annotations": [{"id": 1, "image_id": "id0", "category_id": 5, "bbox": [0, 0, 10, 10]}],
+        "categories": [{"id": 5, "name": "cat"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    register_coco_instances(NAME, {}, str(tmp_path / "a.json"), str(tmp_path))
+    evaluator = COCOBoxEvaluator(NAME, str(tmp_path))  # before anything has read the data set
+    assert detect(evaluator, [[(A, 0, 0.5)]])["bbox"]["AP50-cat"] == pytest.approx(100)
+    assert detect(VOCEvaluator(NAME), [[(A, 0, 0.5)]])["voc"]["mAP"] == pytest.approx(100)
+
+
+def test_difficult_of_detectron2s_own_voc(tmp_path):
+    from detectron2.data.datasets import register_pascal_voc
+
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        os.makedirs(tmp_path / folder)
+    (tmp_path / "ImageSets/Main/test.txt").write_text("id0\n")
+    cv2.imwrite(str(tmp_path / "JPEGImages/id0.jpg"), np.zeros((100, 100, 3), np.uint8))
+    objects = ""
+    for (x1, y1, x2, y2), difficult in ((A, 0), (B, 1)):
+        box = f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
+        objects += f"<object><name>cat</name><difficult>{difficult}</difficult>"
+        objects += f"<bndbox>{box}</bndbox></object>"
+    (tmp_path / "Annotations/id0.xml").write_text(f"<annotation>{objects}</annotation>")
+    register_pascal_voc(NAME, str(tmp_path), "test", 2007, ["cat"])
+    results = detect(VOCEvaluator(NAME), [[(A, 0, 0.5)]])["voc"]
+    assert results["mAP"] == pytest.approx(100)
+
+
+def test_build_evaluator(tmp_path):
+    cfg = get_cfg()
+    add_ssd_config(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path)
+    register([[(A, 0)]], ["cat"])
+    cfg.TEST.EVALUATORS = ["coco", "voc"]
+    results = detect(build_evaluator(cfg, NAME), [[(A, 0, 0.5)]])
+    assert results["voc"]["mAP"] == pytest.approx(100)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert os.path.isfile(tmp_path / "inference" / NAME / "coco_instances_results.json")
+    cfg.TEST.EVALUATORS = ["lvis"]
+    with pytest.raises(ValueError, match="TEST.EVALUATORS names 'lvis'.*'coco', 'voc'"):
+        build_evaluator(cfg, NAME)
+
+
+def _two_processes(rank, folder):
+    init = f"file://{folder}/init"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    register([[(A, 0)], [(B, 0)]], ["cat"])
+    results = []
+    for evaluator in (VOCEvaluator(NAME), COCOBoxEvaluator(NAME, folder)):
+        evaluator.reset()
+        instances = Instances((100, 100))
+        instances.pred_boxes = Boxes(torch.tensor([[A, B][rank]]).float())
+        instances.pred_classes, instances.scores = torch.tensor([0]), torch.tensor([0.5])
+        evaluator.process([{"image_id": f"id{rank}"}], [{"instances": instances}])
+        results.append(evaluator.evaluate())
+    voc, coco = results
+    if rank == 0:
+        assert voc["voc"]["mAP"] == pytest.approx(100)
+        assert coco["bbox"]["AP50"] == pytest.approx(100)
+    else:
+        assert results == [{}, {}]
+
+
+def test_two_processes_are_gathered(tmp_path):
+    torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)

@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Trains or evaluates an SSD. In a lab: python ../../train_net.py --config-file ./config.yaml"""
+
+import os
+
+# GNU OpenMP's waiting threads spin by default; on CPUs they would take the loaders' cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from detectron2.utils import comm  # noqa: E402
+
+from ssd.checkpoint import SSDCheckpointer  # noqa: E402
+from ssd.engine import (  # noqa: E402
+    Trainer,
+    argument_parser,
+    draw_detections,
+    launch,
+    setup,
+)
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        SSDCheckpointer(model, cfg=cfg, strict=True).load(cfg.MODEL.WEIGHTS)
+        results = Trainer.test(cfg, model)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+        model = trainer.model
+    if cfg.TEST.VIS_IMAGES and comm.is_main_process():
+        draw_detections(cfg, model)
+    return results
+
+
+if __name__ == "__main__":
+    arguments = argument_parser().parse_args()
+    print("Command Line Args:", arguments)
+    launch(main, arguments)
