@@ -11,5 +11,4 @@ except ImportError as error:
 from ssd import modeling  # noqa: F401  registers architecture, backbones and default boxes
 from ssd.config import add_ssd_config, load_config
 
-__version__ = "0.1.0"
 __all__ = ["add_ssd_config", "load_config"]

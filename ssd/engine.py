@@ -21,7 +21,6 @@ from detectron2.engine import (
     create_ddp_model,
     default_argument_parser,
     default_setup,
-    hooks,
 )
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def argument_parser():
-    """Detectron2's standard arguments; the port is chosen freely, so that two runs don't collide."""
+    """Detectron2's standard arguments, with a free port so that two runs don't collide."""
     parser = default_argument_parser()
     parser.set_defaults(dist_url="auto")
     return parser
@@ -174,8 +173,11 @@ def _scale_learning_rate(cfg):
     cfg.defrost()
     cfg.SOLVER.BASE_LR *= cfg.SOLVER.IMS_PER_BATCH / reference
     cfg.freeze()
-    logger.info("Learning rate scaled to %g for a global batch of %d (SOLVER.IMS_PER_BATCH)",
-                cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH)
+    logger.info(
+        "Learning rate scaled to %g for a global batch of %d (SOLVER.IMS_PER_BATCH)",
+        cfg.SOLVER.BASE_LR,
+        cfg.SOLVER.IMS_PER_BATCH,
+    )
     return cfg
 
 
@@ -216,7 +218,7 @@ class TrainingStep(SimpleTrainer):
 
 
 def check_finite(losses: Dict[str, Tensor], iteration: int, data: List[Dict]) -> None:
-    """FloatingPointError with every term, the iteration and the batch's files if one isn't finite."""
+    """Raises FloatingPointError with all terms, the iteration and the files unless all are finite."""
     values = {name: float(value.detach()) for name, value in losses.items()}
     if not all(map(math.isfinite, values.values())):
         files = ", ".join(str(x.get("file_name")) for x in data)
@@ -334,7 +336,9 @@ def draw_detections(cfg, model, score_thresh: float = 0.5) -> List[str]:
                 instances = model([sample])[0]["instances"].to("cpu")
             instances = instances[instances.scores > score_thresh]
             image = read_image(sample["file_name"], "RGB")
-            picture = Visualizer(image, MetadataCatalog.get(name)).draw_instance_predictions(instances)
+            picture = Visualizer(image, MetadataCatalog.get(name)).draw_instance_predictions(
+                instances
+            )
             stem = os.path.splitext(os.path.basename(sample["file_name"]))[0]
             paths.append(os.path.join(folder, f"{stem}.jpg"))
             cv2.imwrite(paths[-1], picture.get_image()[:, :, ::-1])

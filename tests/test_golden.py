@@ -28,8 +28,10 @@ MMDET = """MODEL.WEIGHTS '' MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.SSD.M
     MODEL.SSD.TOPK_CANDIDATES_TEST 1000 MODEL.SSD.TOPK_PER level MODEL.DEVICE cpu
     MODEL.SSD.CHANNELS_LAST False""".split()
 BASES = {
-    "ssd300": "ssd300_vgg16.yaml", "ssd512": "ssd512_vgg16.yaml", "ssdlite": "ssdlite_mobilenetv2.yaml"
-}  # fmt: skip
+    "ssd300": "ssd300_vgg16.yaml",
+    "ssd512": "ssd512_vgg16.yaml",
+    "ssdlite": "ssdlite_mobilenetv2.yaml",
+}
 WEIGHTS = [10.0, 10.0, 5.0, 5.0]
 
 
@@ -141,7 +143,10 @@ def test_default_boxes(golden):
 def test_decode(golden):
     data = golden["data"]
     boxes = decode_boxes(
-        torch.from_numpy(data["decode_delta"]), torch.from_numpy(data["anchor_box"]), WEIGHTS, "both"
+        torch.from_numpy(data["decode_delta"]),
+        torch.from_numpy(data["anchor_box"]),
+        WEIGHTS,
+        "both",
     )
     # relative as well: boxes decoded at the clamp are 62 times as large as their default box
     np.testing.assert_allclose(boxes.numpy(), data["decode_noclip"], rtol=2e-7, atol=1e-3)
@@ -276,9 +281,7 @@ def test_batch_norm_in_training_mode(golden):
     model.train()
     try:
         instances = _ground_truth(golden, "main")
-        losses = model(
-            [dict(x, instances=gt) for x, gt in zip(golden["inputs"], instances)]
-        )
+        losses = model([dict(x, instances=gt) for x, gt in zip(golden["inputs"], instances)])
         for name, key in (("loss_cls", "train_loss_cls"), ("loss_box_reg", "train_loss_bbox")):
             expected = float(data[key].astype(np.float64).sum())
             assert float(losses[name]) == pytest.approx(expected, rel=1e-5)

@@ -113,8 +113,9 @@ class SSDCheckpointer(DetectionCheckpointer):
             backbone_only = True
             logger.info("Found %s", found)
         result = super()._load_model({**checkpoint, "model": state})
-        skipped = [f"{name} {tuple(a)} (expected {tuple(b)})"
-                   for name, a, b in result.incorrect_shapes]
+        skipped = [
+            f"{name} {tuple(a)} (expected {tuple(b)})" for name, a, b in result.incorrect_shapes
+        ]
         missing = [name for name in result.missing_keys if "num_batches_tracked" not in name]
         if len(missing) + len(skipped) >= len(self.model.state_dict()):
             raise ValueError(

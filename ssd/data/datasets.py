@@ -7,6 +7,7 @@ import os
 import xml.etree.ElementTree as ET
 from typing import Any, Optional, Sequence
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -17,7 +18,7 @@ from ssd.data.shapes import CLASSES as SHAPES_CLASSES
 from ssd.data.shapes import SPLITS as SHAPES_SPLITS
 from ssd.data.shapes import render_shapes
 
-__all__ = ["check_class_count", "find_box_defects", "read_voc", "register_datasets"]
+__all__ = ["check_class_count", "find_box_defects", "read_voc", "register_datasets", "xyxy_boxes"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +116,29 @@ def find_box_defects(dataset_dicts: Sequence[dict], class_names: Sequence[str] =
     """
     lines = []
     for record in dataset_dicts:
-        for index, annotation in enumerate(record.get("annotations", [])):
-            defect = _box_defect(annotation, record)
+        annotations = record.get("annotations", [])
+        for index, box in enumerate(xyxy_boxes(annotations).tolist()):
+            defect = _box_defect(box, record)
             if defect:
-                label = annotation["category_id"]
+                label = annotations[index]["category_id"]
                 label = class_names[label] if class_names else f"class {label}"
                 lines.append(f"{record['file_name']}: object {index} ({label}) {defect}")
     return lines
 
 
-def _box_defect(annotation: dict, record: dict) -> str:
-    box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+def xyxy_boxes(annotations: Sequence[dict]) -> np.ndarray:
+    """The boxes of M annotations (XYXY_ABS or XYWH_ABS) as (M, 4) float64 XYXY in pixels."""
+    boxes = np.array([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
+    modes = {x["bbox_mode"] for x in annotations}
+    if unknown := modes - {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}:
+        raise ValueError(f"bbox_mode: XYXY_ABS or XYWH_ABS, got {unknown}")
+    if BoxMode.XYWH_ABS in modes:
+        xywh = [x["bbox_mode"] == BoxMode.XYWH_ABS for x in annotations]
+        boxes[xywh, 2:] += boxes[xywh, :2]
+    return boxes
+
+
+def _box_defect(box: Sequence[float], record: dict) -> str:
     x1, y1, x2, y2 = box
     if not all(math.isfinite(value) for value in box):
         return f"isn't finite: {box}"
@@ -235,7 +248,10 @@ def _voc(name: str, entry: dict) -> tuple:
         if defects:
             logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects))
         for record in records:
-            record["annotations"] = [a for a in record["annotations"] if not _box_defect(a, record)]
+            boxes = xyxy_boxes(record["annotations"]).tolist()
+            record["annotations"] = [
+                a for a, box in zip(record["annotations"], boxes) if not _box_defect(box, record)
+            ]
         return records
 
     return load, {"thing_classes": classes, "image_root": os.path.join(root, "JPEGImages")}

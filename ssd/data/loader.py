@@ -52,7 +52,7 @@ class SampleStream(torch.utils.data.Dataset):
 
 @contextlib.contextmanager
 def _seeded(seed: int, number: int) -> Iterator[None]:
-    """Seeds the global generators, which Detectron2's augmentations draw from, and restores them."""
+    """Seeds the global generators that Detectron2's augmentations draw from; restores them."""
     states = np.random.get_state(), random.getstate()
     words = np.random.SeedSequence([seed, number]).generate_state(2)
     np.random.seed(words)

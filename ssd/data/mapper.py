@@ -9,10 +9,11 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data.transforms import Augmentation, AugmentationList, AugInput
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.data.transforms import AugInput, Augmentation, AugmentationList
+from detectron2.structures import Boxes, Instances
 
 from ssd.data.augmentations import build_augmentations
+from ssd.data.datasets import xyxy_boxes
 from ssd.data.transforms import centers_inside
 
 __all__ = ["SSDDatasetMapper", "read_image"]
@@ -70,8 +71,7 @@ class SSDDatasetMapper:
 def _ground_truth(annotations: Sequence[Dict], size) -> tuple:
     """(M, 4) float64 XYXY boxes inside an image of ``size`` (height, width), (M,) int64 classes."""
     annotations = [x for x in annotations if not x.get("iscrowd", 0)]
-    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    boxes = xyxy_boxes(annotations)
     classes = np.asarray([x["category_id"] for x in annotations], dtype=np.int64)
     height, width = size
     boxes = np.clip(boxes, 0, [width, height, width, height])  # NaN stays NaN
@@ -123,6 +123,6 @@ def read_image(file_name: str, image_format: str = "RGB", size=(None, None)) -> 
 
 
 def _is_truncated_jpeg(data: np.ndarray) -> bool:
-    """Whether a JPEG has no end marker after its last scan; OpenCV fills what is missing with grey."""
+    """Whether a JPEG has no end marker after its last scan; OpenCV would fill the rest with grey."""
     raw = data.tobytes()
     return raw[:2] == b"\xff\xd8" and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda")

@@ -90,8 +90,10 @@ class DefaultBoxGenerator(nn.Module):
     def per_level(self, map_sizes: Sequence[Tuple[int, int]]) -> List[Tensor]:
         """Default boxes of feature maps of the given (height, width): one (H*W*A, 4) a level."""
         if len(map_sizes) != len(self.shapes):
-            raise ValueError(f"{len(map_sizes)} feature maps, but {len(self.shapes)} levels of "
-                             "MODEL.SSD.DEFAULT_BOXES")
+            raise ValueError(
+                f"{len(map_sizes)} feature maps, but {len(self.shapes)} levels of "
+                "MODEL.SSD.DEFAULT_BOXES"
+            )
         boxes = []
         for level, ((rows, columns), shapes) in enumerate(zip(map_sizes, self.shapes)):
             if self.steps:

@@ -132,9 +132,7 @@ class SSDBackbone(Backbone):
         return outputs
 
 
-def conv_block(
-    in_channels: int, out_channels: int, norm: str, activation: str, **kwargs
-) -> Conv2d:
+def conv_block(in_channels: int, out_channels: int, norm: str, activation: str, **kwargs) -> Conv2d:
     """Convolution, normalisation (if ``norm`` isn't empty) and activation."""
     if not hasattr(nn, activation):
         raise ValueError(f"MODEL.SSD.ACTIVATION: no class {activation!r} in torch.nn")

@@ -3,7 +3,6 @@
 from typing import List, Sequence, Tuple
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor, nn
 
 from ssd.modeling.extra_layers import conv_block
@@ -44,10 +43,8 @@ class SSDHead(nn.Module):
         return logits, deltas
 
     def flatten(self, logits: List[Tensor], deltas: List[Tensor]) -> Tuple[Tensor, Tensor]:
-        """The outputs of all levels in the default boxes' order: (N, R, K+1) and (N, R, 4), float32."""
-        logits = [permute_to_N_HWA_K(x.contiguous(), self.num_classes + 1) for x in logits]
-        deltas = [permute_to_N_HWA_K(x.contiguous(), 4) for x in deltas]
-        return torch.cat(logits, dim=1).float(), torch.cat(deltas, dim=1).float()
+        """All levels in the default boxes' order: (N, R, K + 1) and (N, R, 4), float32."""
+        return _join(logits, self.num_classes + 1), _join(deltas, 4)
 
 
 class SSDLiteHead(SSDHead):
@@ -67,3 +64,9 @@ class SSDLiteHead(SSDHead):
         nn.init.normal_(pointwise.weight, std=0.03)
         nn.init.zeros_(pointwise.bias)
         return nn.Sequential(depthwise, pointwise)
+
+
+def _join(maps: List[Tensor], size: int) -> Tensor:
+    """Maps (N, A * size, H, W) to one (N, R, size); a view of each map if it is channels-last."""
+    maps = [x.permute(0, 2, 3, 1).reshape(len(x), -1, size) for x in maps]
+    return torch.cat(maps, dim=1).float()

@@ -23,7 +23,7 @@ _STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion, 3×3 depthwise and linear 1×1 projection, with a shortcut where shapes agree."""
+    """1×1 expansion, 3×3 depthwise, linear 1×1 projection; a shortcut where shapes agree."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: str):
         super().__init__()
@@ -31,9 +31,7 @@ class InvertedResidual(nn.Module):
         self.expand = (
             conv_norm_relu6(in_channels, hidden, 1, norm=norm) if expansion > 1 else nn.Identity()
         )
-        self.depthwise = conv_norm_relu6(
-            hidden, hidden, 3, stride=stride, groups=hidden, norm=norm
-        )
+        self.depthwise = conv_norm_relu6(hidden, hidden, 3, stride=stride, groups=hidden, norm=norm)
         self.project = Conv2d(
             hidden, out_channels, 1, bias=not norm, norm=get_norm(norm, out_channels)
         )

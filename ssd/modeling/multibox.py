@@ -172,9 +172,7 @@ def multibox_loss(
     positive = labels < logits.shape[-1] - 1
     cls_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     cls_loss = cls_loss.view_as(labels)
-    negative = mine_hard_negatives(
-        cls_loss, positive, neg_pos_ratio, negatives_without_positives
-    )
+    negative = mine_hard_negatives(cls_loss, positive, neg_pos_ratio, negatives_without_positives)
     box_loss = F.smooth_l1_loss(deltas, targets, beta=smooth_l1_beta, reduction="none").sum(dim=-1)
     # where, not a product: the loss of a box that doesn't count may be infinite
     loss_cls = torch.where(positive | negative, cls_loss, 0.0).sum()

@@ -109,7 +109,10 @@ def detect(
     keep = torch.nonzero(boxes.nonempty()).squeeze(1)
     # float64: the class offsets that batched_nms adds would cost a float32 its last digits
     kept = batched_nms(
-        boxes.tensor[keep].double(), scores[keep].double(), (image * num_classes + cls)[keep], nms_thresh
+        boxes.tensor[keep].double(),
+        scores[keep].double(),
+        (image * num_classes + cls)[keep],
+        nms_thresh,
     )
     keep = keep[kept]  # by descending score
     keep = keep[rank_in_group(scores[keep], image[keep]) < detections_per_image]

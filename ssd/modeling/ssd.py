@@ -107,7 +107,10 @@ class SSD(DenseDetector):
         )
         for module in [*backbone.modules(), *head.modules()]:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eps, module.momentum = cfg.MODEL.BATCH_NORM.EPS, cfg.MODEL.BATCH_NORM.MOMENTUM
+                module.eps, module.momentum = (
+                    cfg.MODEL.BATCH_NORM.EPS,
+                    cfg.MODEL.BATCH_NORM.MOMENTUM,
+                )
         return {
             "backbone": backbone,
             "head": head,
@@ -213,7 +216,8 @@ class SSD(DenseDetector):
         if logits.shape[1] != len(self.default_boxes):
             raise ValueError(
                 f"the head predicts {logits.shape[1]} boxes, but there are "
-                f"{len(self.default_boxes)} default boxes for MODEL.SSD.INPUT_SIZE {self.input_size}"
+                f"{len(self.default_boxes)} default boxes for MODEL.SSD.INPUT_SIZE "
+                f"{self.input_size}"
             )
         return logits, deltas
 
