@@ -193,7 +193,8 @@ class TrainingStep(SimpleTrainer):
         if amp_dtype == "float16" and self.device != "cuda":
             raise ValueError(f"SOLVER.AMP.DTYPE float16 needs CUDA, MODEL.DEVICE is {self.device}")
         self.amp_dtype = getattr(torch, amp_dtype) if amp_dtype else None
-        self.grad_scaler = torch.amp.GradScaler(self.device, enabled=amp_dtype == "float16")
+        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # before torch 2.3
+        self.grad_scaler = scaler(enabled=amp_dtype == "float16")
 
     def run_step(self) -> None:
         start = time.perf_counter()
@@ -218,7 +219,7 @@ class TrainingStep(SimpleTrainer):
 
 
 def check_finite(losses: Dict[str, Tensor], iteration: int, data: List[Dict]) -> None:
-    """Raises FloatingPointError with all terms, the iteration and the files unless all are finite."""
+    """FloatingPointError with every term, the iteration and the files, if one isn't finite."""
     values = {name: float(value.detach()) for name, value in losses.items()}
     if not all(map(math.isfinite, values.values())):
         files = ", ".join(str(x.get("file_name")) for x in data)

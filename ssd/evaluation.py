@@ -9,11 +9,10 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
-from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
-from ssd.data.datasets import read_voc
+from ssd.data.datasets import read_voc, xyxy_boxes
 
 __all__ = ["COCOBoxEvaluator", "VOCEvaluator", "build_evaluator"]
 
@@ -171,10 +170,9 @@ class VOCEvaluator(DatasetEvaluator):
 def _ground_truth(record: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(M, 4) XYXY boxes in pixels, (M,) labels, (M,) difficult."""
     annotations = record.get("annotations", [])
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     labels = np.array([a["category_id"] for a in annotations], int)
     difficult = np.array([a.get("iscrowd", 0) == 1 for a in annotations], bool)
-    return np.array(boxes, float).reshape(-1, 4), labels, difficult
+    return xyxy_boxes(annotations), labels, difficult
 
 
 def _pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

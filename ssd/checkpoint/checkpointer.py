@@ -143,7 +143,10 @@ def _write_atomically(path: str, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; what was saved before is whole (OUTPUT_DIR)", path
+        ) from None
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise

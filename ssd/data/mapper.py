@@ -123,6 +123,6 @@ def read_image(file_name: str, image_format: str = "RGB", size=(None, None)) -> 
 
 
 def _is_truncated_jpeg(data: np.ndarray) -> bool:
-    """Whether a JPEG has no end marker after its last scan; OpenCV would fill the rest with grey."""
+    """Whether a JPEG has no end marker after its last scan; OpenCV would fill it with grey."""
     raw = data.tobytes()
     return raw[:2] == b"\xff\xd8" and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda")

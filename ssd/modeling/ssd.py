@@ -166,7 +166,7 @@ class SSD(DenseDetector):
 
         Args:
             gt_instances: ``gt_boxes`` in the given image's pixels and ``gt_classes`` in [0, K);
-                boxes need an area. An image may have none.
+                those without area are ignored. An image may have none.
 
         Returns:
             ``loss_cls`` and ``loss_box_reg``.
@@ -233,10 +233,13 @@ class SSD(DenseDetector):
             boxes[i, : len(x)] = x.gt_boxes.tensor * boxes.new_tensor(scale * 2)
             classes[i, : len(x)] = x.gt_classes
             valid[i, : len(x)] = True
+        valid &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)  # False for NaN
         return boxes, classes, valid
 
     def _resize(self, image: Tensor) -> Tensor:
         """(C, H, W) to the network's input size: bilinear without antialiasing, float32."""
+        if 0 in image.shape:
+            raise ValueError(f"the image is empty: (channels, height, width) {tuple(image.shape)}")
         return F.interpolate(
             image[None].float(), self.input_size, mode="bilinear", align_corners=False
         )[0]
