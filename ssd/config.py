@@ -18,6 +18,8 @@ __all__ = ["add_ssd_config", "load_config"]
 
 def add_ssd_config(cfg: CN) -> None:
     """Adds the keys of SSD to ``cfg`` in place. Existing keys keep their values."""
+    if "SSD" in cfg.MODEL:
+        return
     _add_model_keys(cfg)
     _add_input_keys(cfg)
     _add_run_keys(cfg)
@@ -81,12 +83,8 @@ def _add_model_keys(cfg: CN) -> None:
     ssd.TOPK_PER = "level"
     ssd.NMS_THRESH_TEST = 0.45
 
-    vgg = cfg.MODEL.VGG = CN()
-    vgg.OUT_FEATURES = ["conv4_3", "fc7"]
-
     mobilenet = cfg.MODEL.MOBILENET = CN()
     mobilenet.WIDTH_MULT = 1.0
-    mobilenet.OUT_FEATURES = ["stage5", "conv2"]
     mobilenet.NORM = "BN"
 
     # Of every BatchNorm in the model; torch's momentum (the weight of the new batch).

@@ -24,6 +24,7 @@ from detectron2.engine import (
 )
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from torch import Tensor
 
@@ -63,14 +64,29 @@ def launch(main: Callable, args) -> None:
     if args.num_gpus * args.num_machines > 1:
         # the processes handle Ctrl-C themselves; this one waits for them
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    launch_processes(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        launch_processes(
+            _run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args),
+        )
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise
+        raise SystemExit(error.exit_code) from None
+
+
+def _run(main: Callable, args) -> None:
+    if comm.get_world_size() > 1:  # otherwise Ctrl-C is ignored, as in the launching process
+        signal.signal(signal.SIGINT, _exit_at_once)
+    main(args)
+
+
+def _exit_at_once(number: int, frame) -> None:
+    raise SystemExit(128 + number)
 
 
 def _join_torchrun() -> None:
@@ -91,6 +107,7 @@ def setup(args):
     """
     cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
     default_setup(cfg, args)
     return cfg
 
@@ -141,6 +158,8 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> List[HookBase]:
         ret = super().build_hooks()
         own = [GracefulStop(self.checkpointer)]
+        if self.cfg.TEST.BEST_METRIC:
+            _check_best_metric(self.cfg)
         if self.cfg.TEST.BEST_METRIC and comm.is_main_process():
             metric, period = self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD
             own.insert(0, BestCheckpoint(period, self.checkpointer, metric))
@@ -163,6 +182,15 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg, model, evaluators=None):
         check_class_count(cfg)
         return super().test(cfg, model, evaluators)
+
+
+def _check_best_metric(cfg) -> None:
+    tasks = [{"coco": "bbox/", "voc": "voc/"}.get(name, "") for name in cfg.TEST.EVALUATORS]
+    if not any(task in cfg.TEST.BEST_METRIC for task in tasks):
+        raise ValueError(
+            f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r}: with TEST.EVALUATORS "
+            f"{list(cfg.TEST.EVALUATORS)} it contains one of {tasks}"
+        )
 
 
 def _scale_learning_rate(cfg):
@@ -255,7 +283,7 @@ class BestCheckpoint(HookBase):
             self._keep_if_best()
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter:  # as EvalHook: not after a failure
+        if self.trainer.iter >= self.trainer.max_iter:  # not after a failure
             self._keep_if_best()
 
     def _keep_if_best(self) -> None:
@@ -268,7 +296,7 @@ class BestCheckpoint(HookBase):
         value = float(latest[self._metric][0])
         if value > self._best:  # False for nan
             self._best = value
-            iteration = self.trainer.iter
+            iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
             self._checkpointer.save("model_best", tag=False, iteration=iteration)
             with open(self._path, "w") as file:
                 json.dump({"metric": self._metric, "value": value, "iteration": iteration}, file)
@@ -307,6 +335,7 @@ class GracefulStop(HookBase):
             iteration = self.trainer.iter
             self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
             logger.info("Stopped after iteration %d; continue with --resume", iteration)
+            comm.synchronize()  # the first process to end makes the launcher end the others
             raise SystemExit(128 + stop)
 
     def after_train(self) -> None:

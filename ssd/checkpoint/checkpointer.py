@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 from typing import Any, Dict, Iterable, Optional
 
 import torch
@@ -47,14 +48,16 @@ class SSDCheckpointer(DetectionCheckpointer):
             FileNotFoundError: names ``MODEL.WEIGHTS`` and where known weights come from.
             ValueError: for a file that isn't a checkpoint, or doesn't fit.
         """
-        if path and "://" not in path and not os.path.isfile(path):
-            where = _WHERE.get(os.path.basename(path))
+        file = path.split("?")[0]  # may carry Detectron2's ?matching_heuristics=True
+        if file and "://" not in file and not os.path.isfile(file):
+            where = _WHERE.get(os.path.basename(file))
             hint = f"; it can be downloaded from {where}" if where else ""
             raise FileNotFoundError(
-                f"MODEL.WEIGHTS {path!r} does not exist (current folder: {os.getcwd()}){hint}"
+                f"MODEL.WEIGHTS {file!r} does not exist (current folder: {os.getcwd()}){hint}"
             )
         if self._strict and not path:
             raise ValueError("evaluation needs weights: MODEL.WEIGHTS is empty")
+        self._parsed_url_during_load = None  # Detectron2 leaves it behind when a load fails
         return super().load(path, checkpointables)
 
     def save(self, name: str, tag: bool = True, **extra) -> None:
@@ -89,45 +92,55 @@ class SSDCheckpointer(DetectionCheckpointer):
     def _torch_load(self, filename: str) -> Dict[str, Any]:
         try:
             data = torch.load(filename, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # torch raises nearly anything for a broken file
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = lines[0]
+            if isinstance(error, pickle.UnpicklingError):  # torch's advice is to read it unsafely
+                unsafe = re.search(r"GLOBAL (\S+)", str(error))
+                reason = f"holds {unsafe[1]}, which could run code" if unsafe else "no torch file"
             raise ValueError(
                 f"MODEL.WEIGHTS {filename} is not a readable checkpoint: {reason}"
             ) from None
         if isinstance(data, dict) and "model" not in data and "state_dict" in data:
             data = {"model": data["state_dict"]}
         state = data.get("model", data) if isinstance(data, dict) else None
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        if (
+            not isinstance(state, dict)
+            or not state
+            or not all(isinstance(value, Tensor) for value in state.values())
+        ):
             raise ValueError(f"MODEL.WEIGHTS {filename} holds no dictionary of weights")
         return data
 
     def _load_model(self, checkpoint: Dict[str, Any]):
-        state = checkpoint["model"]
-        total = len(state)
-        backbone_only = False
+        state = {name.removeprefix("module."): x for name, x in checkpoint["model"].items()}
         if mmdet.recognises(state):
-            logger.info("Found an MMDetection SSD (%d entries)", total)
+            logger.info("Found an MMDetection SSD")
             state = mmdet.convert(state)
         elif vgg.recognises(state):
             state, found = vgg.convert(state, self._pixel_std, self._input_format)
-            backbone_only = True
             logger.info("Found %s", found)
-        result = super()._load_model({**checkpoint, "model": state})
-        skipped = [
-            f"{name} {tuple(a)} (expected {tuple(b)})" for name, a, b in result.incorrect_shapes
-        ]
-        missing = [name for name in result.missing_keys if "num_batches_tracked" not in name]
-        if len(missing) + len(skipped) >= len(self.model.state_dict()):
+        checkpoint["model"] = state
+        result = super()._load_model(checkpoint)
+        # fvcore counts those of another shape as missing too
+        other_shape = {name: (tuple(a), tuple(b)) for name, a, b in result.incorrect_shapes}
+        unfilled = [name for name in result.missing_keys if "num_batches_tracked" not in name]
+        needed = [name for name in self.model.state_dict() if "num_batches_tracked" not in name]
+        if len(unfilled) >= len(needed):
             raise ValueError(
                 "MODEL.WEIGHTS fits nothing in this model: it holds "
-                f"{', '.join(list(state)[:3])}, …; the model needs {', '.join(missing[:3])}, …"
+                f"{_first(list(state))}; the model needs {_first(unfilled)}"
             )
-        if self._strict and (missing or skipped or backbone_only):
-            raise ValueError(
-                "MODEL.WEIGHTS doesn't fill the model: missing "
-                f"{_first(missing)}; of another shape {_first(skipped)}. "
-                "Is MODEL.SSD.NUM_CLASSES that of the weights?"
-            )
+        if self._strict and unfilled:
+            missing = [name for name in unfilled if name not in other_shape]
+            shapes = [f"{name} {a} (expected {b})" for name, (a, b) in other_shape.items()]
+            problems = [f"missing {_first(missing)}"] if missing else []
+            problems += [
+                f"of another shape {_first(shapes)}; is MODEL.SSD.NUM_CLASSES that of the weights?"
+            ] if shapes else []  # fmt: skip
+            raise ValueError(f"MODEL.WEIGHTS doesn't fill the model: {'; '.join(problems)}")
         return result
 
 

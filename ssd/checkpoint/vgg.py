@@ -46,17 +46,18 @@ def convert(
     """
     prefix = _prefix(state)
     result = {}
+    rest = dict(state)  # not ours: fvcore names them in the log
     for index, name in CONV_NAMES.items():
         for leaf in ("weight", "bias"):
             if (key := f"{prefix}{index}.{leaf}") in state:
-                result[f"backbone.bottom_up.{name}.{leaf}"] = state[key].clone()
+                result[f"backbone.bottom_up.{name}.{leaf}"] = rest.pop(key).clone()
     found = "VGG16 reduced-fc"
     first = result["backbone.bottom_up.conv1_1.weight"]
     scale = torch.tensor([1.0, 1.0, 1.0])
     if "classifier.0.weight" in state:
         found = "torchvision VGG16, fc6 and fc7 subsampled"
-        fc6, fc6_bias = state["classifier.0.weight"], state["classifier.0.bias"]
-        fc7, fc7_bias = state["classifier.3.weight"], state["classifier.3.bias"]
+        fc6, fc6_bias = rest.pop("classifier.0.weight"), rest.pop("classifier.0.bias")
+        fc7, fc7_bias = rest.pop("classifier.3.weight"), rest.pop("classifier.3.bias")
         fc6 = fc6.view(4096, 512, 7, 7)
         prefix = "backbone.bottom_up."
         result[prefix + "fc6.weight"] = fc6[::4, :, ::3, ::3].clone()
@@ -69,7 +70,7 @@ def convert(
         found += ", first layer reversed to BGR"
     first = first * (torch.tensor(pixel_std) / scale)[None, :, None, None]
     result["backbone.bottom_up.conv1_1.weight"] = first
-    return result, found
+    return {**result, **rest}, found
 
 
 def _prefix(names: Iterable[str]):

@@ -101,10 +101,13 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
             "DATALOADER.SAMPLER_TRAIN: only 'TrainingSampler' (shuffled epochs) is supported, got "
             f"{cfg.DATALOADER.SAMPLER_TRAIN!r}"
         )
-    dataset = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
     check_class_count(cfg)
+    try:
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    except AssertionError as error:  # no data set, or one of them has no image
+        raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image: {error}") from None
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
     defects = find_box_defects(dataset, classes)
     for line in defects[:20]:

@@ -80,8 +80,14 @@ class MobileNetV2(Backbone):
         self._out_feature_channels["conv2"] = width
         self._out_feature_strides["conv2"] = stride
         self._out_features = check_out_features(
-            out_features, self._out_feature_channels, "MODEL.MOBILENET.OUT_FEATURES"
+            out_features, self._out_feature_channels, "MODEL.SSD.IN_FEATURES"
         )
+        # Layers that no output needs would be parameters without a gradient.
+        names = list(self._out_feature_channels)
+        last = max(names.index(name) for name in self._out_features)
+        self._names, unused = names[: last + 1], names[last + 1 :]
+        for name in unused:
+            delattr(self, name)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -90,7 +96,7 @@ class MobileNetV2(Backbone):
         """(N, 3, H, W) to the named feature maps."""
         outputs = {}
         x = self.conv1(x)
-        for name in [f"stage{number}" for number in range(1, len(_STAGES) + 1)] + ["conv2"]:
+        for name in self._names:
             x = outputs[name] = getattr(self, name)(x)
         return {name: outputs[name] for name in self._out_features}
 
@@ -119,6 +125,7 @@ def _round_to_8(channels: float) -> int:
 
 @BACKBONE_REGISTRY.register()
 def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
-    """MobileNetV2 as ``MODEL.MOBILENET`` says."""
+    """MobileNetV2 as ``MODEL.MOBILENET`` says, with the outputs ``MODEL.SSD.IN_FEATURES``."""
     keys = cfg.MODEL.MOBILENET
-    return MobileNetV2(input_shape.channels, keys.OUT_FEATURES, keys.WIDTH_MULT, keys.NORM)
+    names = cfg.MODEL.SSD.IN_FEATURES
+    return MobileNetV2(input_shape.channels, names, keys.WIDTH_MULT, keys.NORM)

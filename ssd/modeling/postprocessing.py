@@ -102,8 +102,9 @@ def detect(
     num_images, _, num_classes = scores.shape
     image, box, cls = select_candidates(scores, score_thresh, topk_candidates, group, num_groups)
     boxes = decode_boxes(deltas[image, box], default_boxes[box], bbox_reg_weights, bbox_reg_clamp)
-    boxes = Boxes(boxes)
-    boxes.clip(image_size)
+    # not Boxes.clip: it refuses the infinite sizes that an unclamped decoding can give
+    limit = boxes.new_tensor([image_size[1], image_size[0]] * 2)
+    boxes = Boxes(boxes.clamp(min=0).minimum(limit))
     scores = scores[image, box, cls]
 
     keep = torch.nonzero(boxes.nonempty()).squeeze(1)

@@ -94,8 +94,13 @@ class SSD(DenseDetector):
     @classmethod
     def from_config(cls, cfg):
         ssd = cfg.MODEL.SSD
-        height, width = _check_positive("INPUT_SIZE", ssd.INPUT_SIZE)
+        if len(_check_positive("INPUT_SIZE", ssd.INPUT_SIZE)) != 2:
+            raise ValueError(f"MODEL.SSD.INPUT_SIZE must be [height, width], got {ssd.INPUT_SIZE}")
+        height, width = ssd.INPUT_SIZE
         _check_positive("NUM_CLASSES", [ssd.NUM_CLASSES])
+        _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
+        _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch"))
+        _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
         backbone = build_backbone(cfg)
         shapes = list(backbone.output_shape().values())
         generator = build_anchor_generator(cfg, shapes)
@@ -246,14 +251,26 @@ class SSD(DenseDetector):
 
     def _feature_map_sizes(self) -> List[Tuple[int, int]]:
         """(height, width) of each level's map, from a run without data (torch's meta device)."""
-        state = {name: x.to("meta") for name, x in self.backbone.state_dict().items()}
+        tensors = [*self.backbone.named_parameters(), *self.backbone.named_buffers()]
+        state = {name: x.to("meta") for name, x in tensors}
         image = torch.empty(1, len(self.pixel_mean), *self.input_size, device="meta")
         training = self.backbone.training
         self.backbone.eval()
-        with torch.no_grad():
-            features = torch.func.functional_call(self.backbone, state, image)
+        try:
+            with torch.no_grad():
+                features = torch.func.functional_call(self.backbone, state, image)
+        except RuntimeError as error:
+            raise ValueError(
+                f"MODEL.SSD.INPUT_SIZE {self.input_size} doesn't suit the backbone and "
+                f"MODEL.SSD.EXTRA_LAYERS: {error}"
+            ) from error
         self.backbone.train(training)
         return [tuple(features[name].shape[-2:]) for name in self.head_in_features]
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"MODEL.SSD.{key}: one of {choices}, got {value!r}")
 
 
 def _check_positive(key: str, values: Sequence[int]) -> Sequence[int]:

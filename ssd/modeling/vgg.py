@@ -38,19 +38,24 @@ class VGG16(Backbone):
         self._out_feature_channels["fc7"] = 1024
         self._out_feature_strides["fc7"] = 16
         self._out_features = check_out_features(
-            out_features, self._out_feature_channels, "MODEL.VGG.OUT_FEATURES"
+            out_features, self._out_feature_channels, "MODEL.SSD.IN_FEATURES"
         )
+        # Layers that no output needs would be parameters without a gradient.
+        names = [name for name, _ in self.named_children()]
+        last = max(names.index(name) for name in self._out_features)
+        self._layers, unused = names[: last + 1], names[last + 1 :]
+        for name in unused:
+            delattr(self, name)
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """(N, 3, H, W) to the named feature maps."""
         outputs = {}
-        for stage, widths in enumerate(_STAGES, 1):
-            for index in range(1, len(widths) + 1):
-                name = f"conv{stage}_{index}"
-                x = getattr(self, name)(x)
-            outputs[name] = x
-            x = F.max_pool2d(x, 2, ceil_mode=True) if stage < 5 else F.max_pool2d(x, 3, 1, 1)
-        outputs["fc7"] = self.fc7(self.fc6(x))
+        for name in self._layers:
+            if name == "fc6":
+                x = F.max_pool2d(x, 3, 1, 1)
+            elif name.endswith("_1") and name != "conv1_1":
+                x = F.max_pool2d(x, 2, ceil_mode=True)
+            x = outputs[name] = getattr(self, name)(x)
         return {name: outputs[name] for name in self._out_features}
 
 
@@ -71,5 +76,5 @@ def check_out_features(names: Sequence[str], available: Dict[str, int], key: str
 
 @BACKBONE_REGISTRY.register()
 def build_vgg16_backbone(cfg, input_shape: ShapeSpec) -> VGG16:
-    """VGG16 with the outputs ``MODEL.VGG.OUT_FEATURES``."""
-    return VGG16(input_shape.channels, cfg.MODEL.VGG.OUT_FEATURES)
+    """VGG16 with the outputs ``MODEL.SSD.IN_FEATURES``."""
+    return VGG16(input_shape.channels, cfg.MODEL.SSD.IN_FEATURES)

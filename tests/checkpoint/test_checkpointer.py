@@ -1,0 +1,342 @@
+"""Saving and loading: round trips, foreign files, files that are broken or would run code."""
+
+import io
+import logging
+import os
+import pickle
+import re
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from ssd.checkpoint import SSDCheckpointer, mmdet, vgg
+from ssd.config import load_config
+
+ROOT = Path(__file__).parents[2]
+BASES = ROOT / "labs/_base_"
+SMALL = """MODEL.DEVICE cpu MODEL.WEIGHTS '' MODEL.SSD.INPUT_SIZE [96,96] MODEL.SSD.NUM_CLASSES 3
+    MODEL.SSD.EXTRA_LAYERS [[16,32,3,2,1]] MODEL.SSD.DEFAULT_BOXES.STEPS []
+    MODEL.SSD.DEFAULT_BOXES.MIN_SIZES [24.0,48.0,72.0] MODEL.SSD.DEFAULT_BOXES.MAX_SIZE 96.0
+    MODEL.SSD.DEFAULT_BOXES.ASPECT_RATIOS [[2.0],[2.0],[2.0]]""".split()
+LITE = "MODEL.MOBILENET.WIDTH_MULT 0.25".split()
+
+
+def make_model(*opts, base="ssdlite_mobilenetv2", seed=0):
+    torch.manual_seed(seed)
+    lite = LITE if base == "ssdlite_mobilenetv2" else []
+    return build_model(load_config(str(BASES / f"{base}.yaml"), [*SMALL, *lite, *opts]))
+
+
+@pytest.fixture
+def log(caplog):
+    """The log, also where Detectron2's setup_logger has stopped propagation."""
+    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "ssd")]
+    caplog.set_level("INFO")
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+        logger.setLevel("INFO")
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel("NOTSET")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_round_trip_is_exact(tmp_path):
+    model, other = make_model(), make_model(seed=1)
+    state = model.state_dict()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    saver = SSDCheckpointer(model, str(tmp_path), optimizer=optimizer)
+    saver.save("model_0000004", iteration=4)
+    assert saver.has_checkpoint()
+    assert saver.get_checkpoint_file() == str(tmp_path / "model_0000004.pth")
+
+    fresh = torch.optim.SGD(other.parameters(), lr=1.0)
+    loader = SSDCheckpointer(other, str(tmp_path), strict=True, optimizer=fresh)
+    extra = loader.resume_or_load("", resume=True)
+    assert extra["iteration"] == 4 and fresh.param_groups[0]["lr"] == 0.125
+    assert same(other.state_dict(), state)
+    assert set(os.listdir(tmp_path)) == {"model_0000004.pth", "last_checkpoint"}
+
+
+def test_what_load_returns_is_what_nobody_has_processed(tmp_path):
+    model = make_model()
+    SSDCheckpointer(model, str(tmp_path)).save("model", iteration=4)
+    assert SSDCheckpointer(model).load(str(tmp_path / "model.pth")) == {"iteration": 4}
+
+
+def test_a_save_without_tag_leaves_the_last_checkpoint(tmp_path):
+    checkpointer = SSDCheckpointer(make_model(), str(tmp_path))
+    checkpointer.save("first")
+    checkpointer.save("best", tag=False)
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
+    assert (tmp_path / "best.pth").is_file()
+
+
+def test_only_the_process_that_writes_to_disk_saves(tmp_path):
+    SSDCheckpointer(make_model(), str(tmp_path), save_to_disk=False).save("model")
+    assert not os.listdir(tmp_path)
+
+
+def test_detectron2s_checkpointer_reads_our_files(tmp_path):
+    model, other = make_model(), make_model(seed=1)
+    SSDCheckpointer(model, str(tmp_path)).save("model")
+    DetectionCheckpointer(other).load(str(tmp_path / "model.pth"))
+    assert same(other.state_dict(), model.state_dict())
+
+
+def failing_save(checkpointer, kind):
+    if kind == "object":
+        checkpointer.save("model", extra=lambda: 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk
+    try:
+        checkpointer.save("model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["object", "disk"])
+def test_a_failing_save_leaves_the_earlier_file_whole(tmp_path, kind):
+    checkpointer = SSDCheckpointer(make_model(), str(tmp_path))
+    checkpointer.save("model")
+    before = (tmp_path / "model.pth").read_bytes()
+    assert len(before) > 200_000
+    with pytest.raises((RuntimeError, OSError, pickle.PicklingError, AttributeError)):
+        failing_save(checkpointer, kind)
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert set(os.listdir(tmp_path)) == {"model.pth", "last_checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def golden_names():
+    def read(name):
+        data = np.load(ROOT / f"tests/data/golden/golden_mmdet_{name}.npz")
+        shapes = [tuple(int(n) for n in str(s).split("x") if n) for s in data["shapes"]]
+        return dict(zip((str(n) for n in data["names"]), shapes))
+
+    return read
+
+
+def test_mmdetection_file_fills_the_model(tmp_path, golden_names):
+    generator = torch.Generator().manual_seed(0)
+    state = {n: torch.rand(s, generator=generator) for n, s in golden_names("ssdlite").items()}
+    path = str(tmp_path / "ssdlite.pth")
+    torch.save({"state_dict": state, "meta": {"epoch": 120, "CLASSES": ("a", "b")}}, path)
+    cfg = load_config(str(BASES / "ssdlite_mobilenetv2.yaml"), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    SSDCheckpointer(model, cfg=cfg, strict=True).load(path)
+    ours = model.state_dict()
+    for theirs, name in {
+        "backbone.conv1.conv.weight": "backbone.bottom_up.conv1.weight",
+        "neck.extra_layers.2.1.depthwise_conv.bn.bias": "backbone.extra_layers.2.1.norm.bias",
+        "bbox_head.reg_convs.0.1.bias": "head.box_predictors.0.1.bias",
+    }.items():
+        assert torch.equal(ours[name], state[theirs]), name
+
+
+def test_mmdetection_names_of_ssd300_are_the_models(golden_names):
+    cfg = load_config(str(BASES / "ssd300_vgg16.yaml"), ["MODEL.DEVICE", "cpu"])
+    names = golden_names("ssd300")
+    state = {n: tuple(x.shape) for n, x in build_model(cfg).state_dict().items()}
+    assert mmdet.recognises(names) and not mmdet.recognises(state)
+    assert mmdet.convert(names) == state
+
+
+def test_another_class_count_in_training_keeps_the_rest_and_says_so(tmp_path, log):
+    source, target = make_model(), make_model("MODEL.SSD.NUM_CLASSES", "5", seed=1)
+    fresh = {name: x.clone() for name, x in target.state_dict().items()}
+    SSDCheckpointer(source, str(tmp_path)).save("model")
+    SSDCheckpointer(target).load(str(tmp_path / "model.pth"))
+    for name, value in target.state_dict().items():
+        of_classes = re.match(r"head\.cls_predictors\.\d\.1\.", name) is not None
+        expected = fresh[name] if of_classes else source.state_dict()[name]
+        assert torch.equal(value, expected), name
+        assert not of_classes or name in log.text
+
+
+def test_another_class_count_in_evaluation_is_an_error(tmp_path):
+    SSDCheckpointer(make_model(), str(tmp_path)).save("model")
+    target = make_model("MODEL.SSD.NUM_CLASSES", "5")
+    with pytest.raises(ValueError, match=r"head\.cls_predictors.*MODEL\.SSD\.NUM_CLASSES"):
+        SSDCheckpointer(target, strict=True).load(str(tmp_path / "model.pth"))
+
+
+def test_few_fitting_weights_are_kept_in_training(tmp_path):
+    model, source = make_model(), make_model(seed=1).state_dict()
+    half = len(source) * 3 // 5
+    state = {
+        name: torch.zeros(7, 7) if number < half else value
+        for number, (name, value) in enumerate(source.items())
+    }
+    torch.save({"model": state}, tmp_path / "model.pth")
+    SSDCheckpointer(model).load(str(tmp_path / "model.pth"))
+    assert all(torch.equal(model.state_dict()[n], source[n]) for n in list(source)[half:])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_weights_of_something_else(tmp_path, strict):
+    torch.save({"state_dict": {"layer.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS.*layer\.weight.*backbone\."):
+        SSDCheckpointer(make_model(), strict=strict).load(str(tmp_path / "other.pth"))
+
+
+def test_a_missing_weight_in_evaluation_is_named(tmp_path):
+    state = make_model().state_dict()
+    del state["head.box_predictors.1.1.bias"]
+    torch.save({"model": state}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"missing head\.box_predictors\.1\.1\.bias"):
+        SSDCheckpointer(make_model(), strict=True).load(str(tmp_path / "model.pth"))
+
+
+def test_names_of_a_data_parallel_model(tmp_path):
+    model, source = make_model(), make_model(seed=1).state_dict()
+    torch.save({"model": {f"module.{n}": x for n, x in source.items()}}, tmp_path / "model.pth")
+    SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source)
+
+
+def test_weights_without_a_dictionary_around(tmp_path):
+    model, source = make_model(), make_model(seed=1).state_dict()
+    torch.save(source, tmp_path / "model.pth")
+    SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source)
+
+
+def test_missing_file_names_the_key(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS.*absent\.pth.*current folder"):
+        SSDCheckpointer(make_model()).load(str(tmp_path / "absent.pth"))
+
+
+def test_missing_vgg_file_says_where_it_is_published():
+    with pytest.raises(FileNotFoundError, match="https://.*/vgg16_reducedfc.pth"):
+        SSDCheckpointer(make_model()).load("vgg16_reducedfc.pth")
+
+
+def test_evaluation_without_weights():
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
+        SSDCheckpointer(make_model(), strict=True).load("")
+    assert SSDCheckpointer(make_model()).load("") == {}
+
+
+def saved(data, **kwargs):
+    buffer = io.BytesIO()
+    torch.save(data, buffer, **kwargs)
+    return buffer.getvalue()
+
+
+WEIGHTS = {"model": {"a.weight": torch.zeros(1000)}}
+OLD = {"_use_new_zipfile_serialization": False}
+BROKEN = {
+    "empty": b"",
+    "truncated": saved(WEIGHTS)[:2000],
+    "truncated in torch's old format": saved(WEIGHTS, **OLD)[:2000],
+    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+    "web page": b"<!DOCTYPE html><html>Not found</html>",
+    "text that pickle takes for a lookup": b"hello world\n",
+    "text that pickle takes for a pop": b"(a note)\n",
+    "zip of something else": b"PK\x03\x04" + bytes(300),
+    "pickled numbers": pickle.dumps([1, 2, 3], protocol=2),
+    "list": saved([torch.zeros(3)]),
+    "tensor": saved(torch.zeros(3)),
+    "empty dictionary": saved({}),
+    "no weights": saved({"model": {}}),
+    "model is a list": saved({"model": [1, 2]}),
+    "model is a number": saved({"model": 3}),
+    "weights are strings": saved({"model": {"a": "b"}}),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_file_is_one_clear_error(tmp_path, kind):
+    path = tmp_path / "model.pth"
+    path.write_bytes(BROKEN[kind])
+    model = make_model()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^MODEL\.WEIGHTS .*model\.pth") as error:
+        SSDCheckpointer(model).load(str(path))
+    assert "weights_only" not in str(error.value), "advises to read it unsafely"
+    assert same(model.state_dict(), before)
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl", "model.pyth", "model"])
+@pytest.mark.parametrize("kind", ["pickle", "torch", "torch old", "beside weights"])
+def test_file_that_would_run_code_is_refused(tmp_path, name, kind):
+    mark, path = tmp_path / "made", tmp_path / name
+    hostile = Hostile(mark)
+    path.write_bytes(
+        {
+            "pickle": lambda: pickle.dumps(hostile, protocol=2),
+            "torch": lambda: saved({"model": hostile}),
+            "torch old": lambda: saved({"model": hostile}, **OLD),
+            "beside weights": lambda: saved({**WEIGHTS, "optimizer": hostile}),
+        }[kind]()
+    )
+    with pytest.raises(ValueError, match=r"^MODEL\.WEIGHTS ") as error:
+        SSDCheckpointer(make_model()).load(str(path))
+    assert not mark.exists()
+    assert "weights_only" not in str(error.value), "advises to read it unsafely"
+
+
+def test_the_hostile_file_would_have_run(tmp_path):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(Hostile(tmp_path / "made"), protocol=2))
+    pickle.loads((tmp_path / "model.pkl").read_bytes())
+    assert (tmp_path / "made").exists()
+
+
+def test_a_checkpointer_can_be_used_after_an_error(tmp_path):
+    model = make_model()
+    checkpointer = SSDCheckpointer(model, str(tmp_path))
+    checkpointer.save("good")
+    (tmp_path / "bad.pth").write_bytes(b"")
+    with pytest.raises(ValueError):
+        checkpointer.load(str(tmp_path / "bad.pth"))
+    checkpointer.load(str(tmp_path / "good.pth"))
+
+
+def vgg_state(model):
+    """VGG's weights by their names in vgg16_reducedfc.pth."""
+    state = model.backbone.bottom_up.state_dict()
+    indices = {name: index for index, name in vgg.CONV_NAMES.items()}
+    parts = (name.split(".") for name in state)
+    return {f"{indices[layer]}.{leaf}": state[f"{layer}.{leaf}"] for layer, leaf in parts}
+
+
+def test_vgg_file_fills_the_backbone_alone(tmp_path):
+    model, source = (make_model(base="ssd300_vgg16", seed=seed) for seed in (0, 1))
+    state = vgg_state(source)
+    path = str(tmp_path / "vgg16_reducedfc.pth")
+    torch.save(state, path)
+    head = {name: x.clone() for name, x in model.head.state_dict().items()}
+    SSDCheckpointer(model).load(path)
+    assert same(model.backbone.bottom_up.state_dict(), source.backbone.bottom_up.state_dict())
+    assert same(model.head.state_dict(), head)
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS doesn't fill the model.*l2_norm"):
+        SSDCheckpointer(model, strict=True).load(path)
+
+
+def test_entries_that_are_not_used_are_named(tmp_path, log):
+    """amdegroot's whole SSD has VGG16's names too."""
+    model = make_model(base="ssd300_vgg16")
+    state = {f"vgg.{name}": value for name, value in vgg_state(model).items()}
+    torch.save({**state, "loc.0.weight": torch.zeros(3)}, tmp_path / "ssd300.pth")
+    SSDCheckpointer(model).load(str(tmp_path / "ssd300.pth"))
+    assert "loc.0.weight" in log.text

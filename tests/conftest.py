@@ -1,0 +1,92 @@
+"""Fixtures of all tests: CPU, one thread, 16 + 4 rendered images instead of a download."""
+
+import logging
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.utils.logger import setup_logger  # noqa: E402
+
+from ssd.config import load_config  # noqa: E402
+from ssd.data.shapes import render_shapes  # noqa: E402
+
+torch.set_num_threads(1)
+
+# A model that trains an iteration in a fraction of a second.
+TINY = (
+    "MODEL.DEVICE cpu MODEL.SSD.INPUT_SIZE [96,96] MODEL.MOBILENET.WIDTH_MULT 0.25 "
+    "SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 4 SOLVER.WARMUP_ITERS 0 DATALOADER.NUM_WORKERS 0 "
+    "TEST.VIS_IMAGES 0 TEST.EVAL_PERIOD 0"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def fresh_loggers():
+    """Undoes setup_logger, which writes to closed folders and hides messages from caplog."""
+    yield
+    for name in ("ssd", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    setup_logger.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def repo():
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def datasets_folder(tmp_path_factory):
+    """A folder for DETECTRON2_DATASETS that holds few shapes."""
+    folder = tmp_path_factory.mktemp("datasets")
+    render_shapes(str(folder / "shapes"), "train", 16)
+    render_shapes(str(folder / "shapes"), "val", 4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_opts():
+    return TINY
+
+
+@pytest.fixture
+def tiny_cfg(repo, datasets_folder, tmp_path, monkeypatch):
+    """A function (KEY, VALUE, …) → the quickstart lab's config, made tiny, with these overrides."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_folder))
+
+    def load(*opts):
+        opts = [*TINY, "OUTPUT_DIR", str(tmp_path / "output"), *opts]
+        return load_config(str(repo / "labs/quickstart/config.yaml"), opts)
+
+    return load
+
+
+@pytest.fixture
+def register():
+    """A function (dicts, class names) → name of a data set that is registered for this test."""
+    names = []
+
+    def add(dicts, classes):
+        names.append(f"t_registered_{len(names)}")
+        DatasetCatalog.register(names[-1], lambda: dicts)
+        MetadataCatalog.get(names[-1]).thing_classes = list(classes)
+        return names[-1]
+
+    yield add
+    for name in names:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
+
+
+@pytest.fixture(scope="session")
+def bccd(repo):
+    """The folder that holds the BCCD photographs, beside the repository."""
+    folder = repo.parent / "shared" / "data"
+    if not (folder / "bccd" / "Annotations").is_dir():
+        pytest.skip("no BCCD data set")
+    return folder

@@ -1,0 +1,212 @@
+"""Decoding, candidates and NMS, beside slow loops that do the same."""
+
+import math
+
+import pytest
+import torch
+from torchvision.ops import nms
+
+from ssd.modeling.postprocessing import decode_boxes, detect, rank_in_group, select_candidates
+
+WEIGHTS = [10.0, 10.0, 5.0, 5.0]
+LIMIT = 1000 / 16
+SIZE = (90, 120)
+
+
+@pytest.mark.parametrize(
+    "clamp, wide, narrow",
+    [
+        ("both", 8 * LIMIT, 8 / LIMIT),
+        ("upper", 8 * LIMIT, 8 * math.exp(-6)),
+        ("none", 8 * math.exp(6), 8 * math.exp(-6)),
+    ],
+)
+def test_decoding_clamps_the_log_scales(clamp, wide, narrow):
+    default_boxes = torch.tensor([[0, 0, 8, 8.0]]).expand(2, 4)
+    deltas = torch.tensor([[0, 0, 30, -30], [0, 0, -30, 30.0]])  # dw, dh = ±6 after the weights
+    boxes = decode_boxes(deltas, default_boxes, WEIGHTS, clamp)
+    sizes = (boxes[:, 2:] - boxes[:, :2]).tolist()
+    assert sizes[0] == pytest.approx([wide, narrow], rel=1e-3)
+    assert sizes[1] == pytest.approx([narrow, wide], rel=1e-3)
+    torch.testing.assert_close((boxes[:, :2] + boxes[:, 2:]) / 2, torch.full((2, 2), 4.0))
+
+
+def test_clamp_does_not_touch_smaller_scales_or_centres():
+    default_boxes = torch.tensor([[10, 20, 18, 28.0]])  # centre (14, 24)
+    deltas = torch.tensor([[10000.0, -10000, 5 * math.log(2), 5 * math.log(0.5)]])
+    boxes = decode_boxes(deltas, default_boxes, WEIGHTS, "both")
+    # centre 14 + 1000 · 8, 24 - 1000 · 8; 16 wide, 4 high
+    torch.testing.assert_close(boxes, torch.tensor([[8006, -7978, 8022, -7974.0]]))
+
+
+def test_unknown_clamp_names_the_key():
+    with pytest.raises(ValueError, match=r"MODEL\.SSD\.BBOX_REG_CLAMP.*'lower'"):
+        decode_boxes(torch.zeros(1, 4), torch.ones(1, 4), WEIGHTS, "lower")
+
+
+def test_rank_in_group():
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.4, 0.8])
+    group = torch.tensor([7, 0, 7, 0, 7])
+    assert rank_in_group(scores, group).tolist() == [2, 0, 1, 1, 0]
+    assert rank_in_group(scores[:0], group[:0]).tolist() == []
+
+
+def groups(kind, boxes=30, classes=4):
+    """Group of each (box, class), as SSD makes them; 3 levels of 18, 9 and 3 boxes."""
+    if kind == "class":
+        return torch.arange(classes)[None], classes
+    return torch.arange(3).repeat_interleave(torch.tensor([18, 9, 3]))[:, None], 3
+
+
+def slow_candidates(scores, group, num_groups, thresh, topk):
+    """Of one image: scores[box][class] and group[box][class]."""
+    chosen = []
+    for number in range(num_groups):
+        pairs = [
+            (score, box, cls)
+            for box, row in enumerate(scores)
+            for cls, score in enumerate(row)
+            if score > thresh and group[box][cls] == number
+        ]
+        chosen += [(box, cls) for _, box, cls in sorted(pairs, reverse=True)[:topk]]
+    return chosen
+
+
+def random_predictions(num_images=3, boxes=30, classes=4):
+    generator = torch.Generator().manual_seed(3)
+    scores = (torch.randn(num_images, boxes, classes + 1, generator=generator) * 2).softmax(-1)
+    deltas = torch.randn(num_images, boxes, 4, generator=generator) * 2
+    corner = torch.rand(boxes, 2, generator=generator) * torch.tensor([90.0, 60.0])
+    sizes = 10 + torch.rand(boxes, 2, generator=generator) * 50
+    return scores[..., :-1], deltas, torch.cat([corner, corner + sizes], -1)
+
+
+@pytest.mark.parametrize("kind", ["level", "class"])
+@pytest.mark.parametrize("topk", [1, 5, 1000])
+def test_candidates_equal_a_slow_loop(kind, topk):
+    scores, _, _ = random_predictions()
+    group, num_groups = groups(kind)
+    image, box, cls = select_candidates(scores, 0.1, topk, group, num_groups)
+    table = group.expand(30, 4).tolist()
+    for i in range(len(scores)):
+        expected = slow_candidates(scores[i].tolist(), table, num_groups, 0.1, topk)
+        actual = list(zip(box[image == i].tolist(), cls[image == i].tolist()))
+        assert sorted(actual) == sorted(expected)
+
+
+def run_detect(scores, deltas, default_boxes, kind="class", **kwargs):
+    group, num_groups = groups(kind, *scores.shape[1:])
+    kwargs = {
+        "score_thresh": 0.1, "topk_candidates": 8, "nms_thresh": 0.45,
+        "detections_per_image": 15, "bbox_reg_weights": WEIGHTS, "bbox_reg_clamp": "none", **kwargs,
+    }  # fmt: skip
+    return detect(scores, deltas, default_boxes, SIZE, group=group, num_groups=num_groups, **kwargs)
+
+
+def slow_detections(scores, deltas, default_boxes, kind, thresh, topk, nms_thresh, kept):
+    """(score, class, box) of one image, best first."""
+    group, num_groups = groups(kind)
+    chosen = slow_candidates(
+        scores.tolist(), group.expand(scores.shape).tolist(), num_groups, thresh, topk
+    )
+    by_class = {}
+    for r, cls in chosen:
+        x0, y0, x1, y1 = default_boxes[r].tolist()
+        dx, dy, dw, dh = (d / w for d, w in zip(deltas[r].tolist(), WEIGHTS))
+        x, y = (x0 + x1) / 2 + dx * (x1 - x0), (y0 + y1) / 2 + dy * (y1 - y0)
+        w, h = (x1 - x0) * math.exp(dw), (y1 - y0) * math.exp(dh)
+        box = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+        box = [min(max(v, 0), SIZE[1 - i % 2]) for i, v in enumerate(box)]
+        by_class.setdefault(cls, []).append((float(scores[r, cls]), box))
+    results = []
+    for cls, pairs in by_class.items():
+        boxes, values = torch.tensor([b for _, b in pairs]), torch.tensor([s for s, _ in pairs])
+        results += [(*pairs[i][:1], cls, pairs[i][1]) for i in nms(boxes, values, nms_thresh)]
+    return sorted(results, reverse=True)[:kept]
+
+
+@pytest.mark.parametrize("kind", ["level", "class"])
+@pytest.mark.parametrize(
+    "thresh, topk, nms_thresh, kept", [(0.1, 8, 0.45, 15), (0.02, 99, 0.3, 200)]
+)
+def test_detections_equal_a_slow_implementation(kind, thresh, topk, nms_thresh, kept):
+    predictions = random_predictions()
+    results = run_detect(
+        *predictions, kind, score_thresh=thresh, topk_candidates=topk, nms_thresh=nms_thresh,
+        detections_per_image=kept,
+    )  # fmt: skip
+    assert len(results) == 3
+    for i, result in enumerate(results):
+        expected = slow_detections(
+            predictions[0][i],
+            predictions[1][i],
+            predictions[2],
+            kind,
+            thresh,
+            topk,
+            nms_thresh,
+            kept,
+        )
+        assert len(expected) > 5 and result.image_size == SIZE
+        assert result.pred_classes.tolist() == [cls for _, cls, _ in expected]
+        assert result.scores.tolist() == pytest.approx([score for score, _, _ in expected])
+        boxes = torch.tensor([box for *_, box in expected])
+        torch.testing.assert_close(result.pred_boxes.tensor, boxes, rtol=0, atol=1e-3)
+
+
+def test_score_threshold_is_exclusive():
+    scores = torch.tensor([[[0.25, 0.0], [0.5, 0.0]]])
+    boxes = torch.tensor([[0, 0, 10, 10], [50, 50, 60, 60.0]])
+    for thresh, count in ((0.25, 1), (0.2, 2)):
+        (result,) = run_detect(scores, torch.zeros(1, 2, 4), boxes, score_thresh=thresh)
+        assert len(result) == count
+
+
+def test_nothing_passes():
+    scores, deltas, boxes = random_predictions()
+    for result in run_detect(scores, deltas, boxes, score_thresh=1.0):
+        assert len(result) == 0 and result.image_size == SIZE
+        assert result.pred_boxes.tensor.shape == (0, 4)
+        assert result.scores.shape == (0,) and result.scores.dtype == torch.float32
+        assert result.pred_classes.shape == (0,) and result.pred_classes.dtype == torch.int64
+
+
+def test_detections_per_image_keeps_the_best_of_each_image():
+    predictions = random_predictions()
+    for few, many in zip(
+        run_detect(*predictions, detections_per_image=3), run_detect(*predictions)
+    ):
+        assert len(few) == 3 and few.scores.tolist() == many.scores[:3].tolist()
+
+
+def test_nms_is_per_class_and_per_image():
+    # The same box in two classes of two images: none suppresses another.
+    scores = torch.tensor([[[0.9, 0.8]], [[0.7, 0.6]]])
+    results = run_detect(scores, torch.zeros(2, 1, 4), torch.tensor([[10, 10, 50, 50.0]]))
+    assert [result.pred_classes.tolist() for result in results] == [[0, 1], [0, 1]]
+    assert [len(result) for result in results] == [2, 2]
+
+
+def test_images_of_a_batch_do_not_mix():
+    scores, deltas, boxes = random_predictions()
+    for i, together in enumerate(run_detect(scores, deltas, boxes)):
+        (alone,) = run_detect(scores[i : i + 1], deltas[i : i + 1], boxes)
+        assert torch.equal(alone.pred_boxes.tensor, together.pred_boxes.tensor)
+        assert torch.equal(alone.scores, together.scores)
+        assert torch.equal(alone.pred_classes, together.pred_classes)
+
+
+def test_boxes_without_an_area_in_the_image_are_dropped():
+    boxes = torch.tensor([[10, 10, 30, 30], [200, 10, 220, 30], [10, -50, 30, -20.0]])
+    scores = torch.tensor([[[0.5], [0.9], [0.8]]])
+    (result,) = run_detect(scores, torch.zeros(1, 3, 4), boxes)
+    assert result.pred_boxes.tensor.tolist() == [[10, 10, 30, 30]]
+
+
+def test_unclamped_overflow_does_not_stop_an_evaluation():
+    scores = torch.tensor([[[0.5], [0.9]]])
+    boxes = torch.tensor([[10, 10, 30, 30], [40, 40, 50, 50.0]])
+    deltas = torch.tensor([[[0, 0, 0, 0], [0, 0, 5 * 89, 0.0]]])  # e⁸⁹ is infinite in float32
+    (result,) = run_detect(scores, deltas, boxes)
+    assert [10, 10, 30, 30] in result.pred_boxes.tensor.tolist()
+    assert result.pred_boxes.tensor.isfinite().all()

@@ -1,0 +1,289 @@
+"""The whole model, small: training step, inference, sizes, errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
+
+from ssd.checkpoint import SSDCheckpointer
+from ssd.config import load_config
+from ssd.modeling import SSDHead
+
+BASES = Path(__file__).parents[2] / "labs/_base_"
+# Four levels (12, 6, 3, 2 cells) on 96×96 pixels
+SMALL = """MODEL.DEVICE cpu MODEL.WEIGHTS '' MODEL.SSD.INPUT_SIZE [96,96] MODEL.SSD.NUM_CLASSES 3
+    MODEL.SSD.EXTRA_LAYERS [[16,32,3,2,1],[16,32,3,2,1]] MODEL.SSD.DEFAULT_BOXES.STEPS []
+    MODEL.SSD.DEFAULT_BOXES.MIN_SIZES [12.0,24.0,48.0,72.0] MODEL.SSD.DEFAULT_BOXES.MAX_SIZE 96.0
+    MODEL.SSD.DEFAULT_BOXES.ASPECT_RATIOS [[2.0],[2.0],[2.0],[2.0]]""".split()
+LITE = """MODEL.MOBILENET.WIDTH_MULT 0.25
+    MODEL.SSD.IN_FEATURES ['stage3','stage5']""".split()
+
+
+@BACKBONE_REGISTRY.register()
+class BackboneOfAUser(Backbone):
+    """One map of stride 16, and a buffer that state_dict doesn't hold."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(input_shape.channels, 8, 16, 16)
+        self.register_buffer("shift", torch.zeros(1, 8, 1, 1), persistent=False)
+        self._out_features = ["map"]
+        self._out_feature_channels, self._out_feature_strides = {"map": 8}, {"map": 16}
+
+    def forward(self, x):
+        return {"map": self.conv(x) + self.shift}
+
+
+def make_config(*opts, base="ssdlite_mobilenetv2"):
+    lite = LITE if base == "ssdlite_mobilenetv2" else []
+    return load_config(str(BASES / f"{base}.yaml"), [*SMALL, *lite, *opts])
+
+
+def make_model(*opts, base="ssdlite_mobilenetv2"):
+    torch.manual_seed(0)
+    return build_model(make_config(*opts, base=base))
+
+
+def make_predictor(*opts):
+    """A model whose BatchNorm has seen a batch, so that its scores differ."""
+    model = make_model("MODEL.BATCH_NORM.MOMENTUM", "1.0", *opts)
+    with torch.no_grad():
+        model(batch())
+    return model
+
+
+def image(height=96, width=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def ground_truth(boxes, classes, size=(96, 96)):
+    result = Instances(size)
+    result.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    result.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    return result
+
+
+def batch(last_class=2):
+    two = ground_truth([[5, 5, 60, 50], [40, 30, 52, 45]], [0, last_class])
+    return [
+        {"image": image(), "instances": two},
+        {"image": image(seed=1), "instances": ground_truth([], [])},
+        {"image": image(seed=2), "instances": ground_truth([[0, 0, 96, 90]], [last_class])},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["ssd300_vgg16", "ssdlite_mobilenetv2"])
+@pytest.mark.parametrize("num_classes", [1, 3, 80])
+def test_training_step_of_any_number_of_classes(base, num_classes):
+    model = make_model("MODEL.SSD.NUM_CLASSES", str(num_classes), base=base)
+    losses = model(batch(num_classes - 1))
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert all(p.grad.any() for p in model.backbone.bottom_up.parameters())
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_steps_lower_the_loss(num_classes):
+    model = make_model("MODEL.SSD.NUM_CLASSES", str(num_classes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    values = []
+    for _ in range(12):
+        loss = sum(model(batch(num_classes - 1)).values())
+        values.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.parametrize("normalizer", ["image", "batch"])
+def test_batch_without_objects_trains(normalizer):
+    model = make_model("MODEL.SSD.LOSS.NORMALIZER", normalizer)
+    losses = model([{"image": image(), "instances": ground_truth([], [])}] * 2)
+    assert [loss.item() for loss in losses.values()] == [0, 0]
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_batch_without_objects_teaches_negatives_if_asked_for():
+    model = make_model("MODEL.SSD.LOSS.NEGATIVES_WITHOUT_POSITIVES", "5")
+    losses = model([{"image": image(), "instances": ground_truth([], [])}] * 2)
+    assert losses["loss_cls"] > 0 and losses["loss_box_reg"] == 0
+
+
+def test_loss_keys_have_an_effect():
+    def losses(*opts):
+        return {name: loss.item() for name, loss in make_model(*opts)(batch()).items()}
+
+    plain = losses()
+    weighted = losses("MODEL.SSD.LOSS.BOX_WEIGHT", "2.0")
+    assert weighted["loss_box_reg"] == pytest.approx(2 * plain["loss_box_reg"])
+    assert weighted["loss_cls"] == pytest.approx(plain["loss_cls"])
+    assert losses("MODEL.SSD.LOSS.NEG_POS_RATIO", "1.0")["loss_cls"] < plain["loss_cls"]
+    beta = losses("MODEL.SSD.LOSS.SMOOTH_L1_BETA", "0.1")
+    assert beta["loss_box_reg"] > plain["loss_box_reg"]
+    # the image without objects counts as one match
+    assert losses("MODEL.SSD.LOSS.NORMALIZER", "batch")["loss_cls"] > plain["loss_cls"]
+
+
+def test_ground_truth_of_another_size_is_scaled():
+    model = make_model()
+    big = {
+        "image": image(192, 48),
+        "instances": ground_truth([[5, 20, 30, 100], [20, 50, 26, 70]], [0, 2], (192, 48)),
+    }
+    resized = F.interpolate(big["image"][None].float(), (96, 96), mode="bilinear")[0]
+    small = {
+        "image": resized,
+        "instances": ground_truth([[10, 10, 60, 50], [40, 25, 52, 35]], [0, 2]),
+    }
+    assert {k: v.item() for k, v in model([big]).items()} == pytest.approx(
+        {k: v.item() for k, v in model([small]).items()}
+    )
+
+
+def detect(model, *inputs):
+    model.eval()
+    with torch.no_grad():
+        return [result["instances"] for result in model(list(inputs))]
+
+
+def test_boxes_come_back_in_the_image_s_own_size():
+    (result,) = detect(make_predictor(), {"image": image(120, 240)})
+    assert result.image_size == (120, 240) and len(result) > 0
+    boxes = result.pred_boxes.tensor
+    assert (boxes >= 0).all() and (boxes[:, 0::2] <= 240).all() and (boxes[:, 1::2] <= 120).all()
+    assert boxes[:, 2].max() > 120  # not in the input's 96 pixels
+
+
+def test_boxes_come_back_in_the_callers_size():
+    model, x = make_predictor(), image(120, 240)
+    (own,) = detect(model, {"image": x})
+    (asked,) = detect(model, {"image": x, "height": 60, "width": 480})
+    assert asked.image_size == (60, 480) and len(asked) == len(own) > 0
+    scale = torch.tensor([2, 0.5, 2, 0.5])
+    torch.testing.assert_close(asked.pred_boxes.tensor, own.pred_boxes.tensor * scale)
+    assert torch.equal(asked.scores, own.scores)
+
+
+def test_resizing_is_bilinear_without_antialiasing():
+    model, x = make_predictor(), image(200, 150)
+    resized = F.interpolate(x[None].float(), (96, 96), mode="bilinear", align_corners=False)[0]
+    first, second = detect(model, {"image": x}, {"image": resized, "height": 200, "width": 150})
+    assert len(first) == len(second) > 0
+    torch.testing.assert_close(first.scores, second.scores)
+    torch.testing.assert_close(first.pred_boxes.tensor, second.pred_boxes.tensor)
+
+
+def test_sizes_and_dtypes_may_differ_in_a_batch():
+    model = make_predictor()
+    inputs = [
+        {"image": image()},
+        {"image": image(50, 70)},
+        {"image": image(seed=1).float()},
+        {"image": image(96, 200).double()},
+    ]
+    for one, together in zip(inputs, detect(model, *inputs)):
+        (alone,) = detect(model, one)
+        assert len(alone) == len(together) > 0
+        assert together.image_size == tuple(one["image"].shape[1:])
+        torch.testing.assert_close(alone.scores, together.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_input_may_be_wider_than_high():
+    model = make_predictor("MODEL.SSD.INPUT_SIZE", "[64,160]")
+    # levels of stride 8, 16, 32, 64
+    assert model.boxes_per_level == [8 * 20 * 4, 4 * 10 * 4, 2 * 5 * 4, 1 * 3 * 4]
+    assert all(loss.isfinite() for loss in model.train()(batch()).values())
+    (result,) = detect(model, {"image": image(64, 160)})
+    assert len(result) > 0 and result.image_size == (64, 160)
+
+
+def test_a_backbone_of_ones_own():
+    model = make_model(
+        *"MODEL.SSD.BOTTOM_UP BackboneOfAUser MODEL.SSD.IN_FEATURES ['map']".split(),
+        *"MODEL.SSD.EXTRA_LAYERS [[4,8,3,2,1],[4,8,3,2,1],[4,8,3,2,1]]".split(),
+    )
+    assert model.boxes_per_level == [6 * 6 * 4, 3 * 3 * 4, 2 * 2 * 4, 1 * 1 * 4]
+    losses = model(batch())
+    sum(losses.values()).backward()
+    assert model.backbone.bottom_up.conv.weight.grad.any()
+
+
+def test_memory_format_changes_no_result():
+    results = [
+        detect(make_predictor("MODEL.SSD.CHANNELS_LAST", flag), {"image": image()})[0]
+        for flag in ("True", "False")
+    ]
+    assert len(results[0]) == len(results[1])
+    torch.testing.assert_close(results[0].scores, results[1].scores, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_keys_reach_every_layer():
+    model = make_model("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.BATCH_NORM.MOMENTUM", "0.2")
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(layers) > 30 and {(m.eps, m.momentum) for m in layers} == {(0.007, 0.2)}
+
+
+def test_default_boxes_are_a_buffer_that_no_checkpoint_holds():
+    model = make_model()
+    assert "default_boxes" in dict(model.named_buffers())
+    assert "default_boxes" not in model.state_dict()
+
+
+def test_head_that_does_not_fit_the_default_boxes():
+    model = make_model()
+    shapes = list(model.backbone.output_shape().values())
+    model.head = SSDHead([s.channels for s in shapes], [3, 4, 4, 4], model.num_classes)
+    # 144 · 3 + (36 + 9 + 4) · 4 = 628 of (144 + 36 + 9 + 4) · 4 = 772
+    with pytest.raises(ValueError, match="628 boxes.* 772 default boxes"):
+        detect(model, {"image": image()})
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("NUM_CLASSES", "0"),
+        ("INPUT_SIZE", "[96,-96]"),
+        ("INPUT_SIZE", "[96]"),
+        ("INPUT_SIZE", "[8,8]"),
+        ("TOPK_PER", "box"),
+        ("BBOX_REG_CLAMP", "lower"),
+        ("MATCHING.BEST", "greedy"),
+        ("LOSS.NORMALIZER", "boxes"),
+    ],
+)
+def test_wrong_value_is_an_error_before_training(key, value):
+    extra = ["MODEL.SSD.EXTRA_LAYERS", "[[16,32,3,2,1],[16,32,3,1,0]]"]
+    with pytest.raises(ValueError, match=rf"MODEL\.SSD\.{key}"):
+        make_model(f"MODEL.SSD.{key}", value, *(extra if value == "[8,8]" else []))
+
+
+def test_detectron2s_predictor_and_visualizer(tmp_path):
+    cfg = make_config("MODEL.WEIGHTS", str(tmp_path / "model.pth"))
+    model = make_predictor()
+    SSDCheckpointer(model, str(tmp_path)).save("model")
+    array = image(120, 160).permute(1, 2, 0).contiguous().numpy()  # BGR, as cv2 reads
+
+    result = DefaultPredictor(cfg)(array)["instances"]
+
+    rgb = torch.from_numpy(array[:, :, ::-1].copy()).permute(2, 0, 1)
+    (expected,) = detect(model, {"image": rgb})
+    assert result.image_size == (120, 160) and len(result) == len(expected) > 0
+    torch.testing.assert_close(result.scores, expected.scores)
+    torch.testing.assert_close(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+    metadata = MetadataCatalog.get("test_ssd").set(thing_classes=["a", "b", "c"])
+    drawn = Visualizer(array[:, :, ::-1], metadata).draw_instance_predictions(result[:5])
+    assert drawn.get_image().shape == array.shape
+    assert (drawn.get_image() != array[:, :, ::-1]).any()

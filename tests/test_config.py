@@ -1,0 +1,129 @@
+"""Config keys and files: adding, overriding, misspelling, and YAML that would run code."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.config import get_cfg
+
+from ssd.config import add_ssd_config, load_config
+
+ROOT = Path(__file__).parent.parent
+BASES = sorted((ROOT / "labs/_base_").glob("*.yaml"))
+BASE = str(ROOT / "labs/_base_/ssd300_vgg16.yaml")
+
+
+def flat(node, prefix=""):
+    result = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def test_no_key_of_detectron2_is_overwritten():
+    before, cfg = flat(get_cfg()), get_cfg()
+    add_ssd_config(cfg)
+    after = flat(cfg)
+    assert {key: after[key] for key in before} == before
+    assert len(after) > len(before) + 40
+
+
+def test_adding_the_keys_twice_changes_nothing():
+    once, twice = get_cfg(), get_cfg()
+    add_ssd_config(once), add_ssd_config(twice), add_ssd_config(twice)
+    assert once == twice
+
+
+def test_adding_the_keys_keeps_values_that_are_set():
+    cfg = get_cfg()
+    add_ssd_config(cfg)
+    cfg.MODEL.SSD.NUM_CLASSES = 3
+    add_ssd_config(cfg)
+    assert cfg.MODEL.SSD.NUM_CLASSES == 3
+
+
+def test_bases_are_found():
+    assert {path.stem for path in BASES} >= {
+        "ssd300_vgg16", "ssd512_vgg16", "ssdlite_mobilenetv2"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BASES, ids=[path.stem for path in BASES])
+def test_each_base_loads(path):
+    cfg = load_config(str(path))
+    assert cfg.is_frozen() and cfg.MODEL.META_ARCHITECTURE == "SSD"
+    assert cfg.MODEL.BACKBONE.NAME == "build_ssd_backbone" and cfg.INPUT.MIN_SIZE_TEST == 0
+    assert load_config(str(path)) == cfg
+
+
+def test_a_base_of_a_base_is_followed():
+    cfg = load_config(str(ROOT / "labs/_base_/ssd512_vgg16.yaml"))
+    assert cfg.MODEL.SSD.INPUT_SIZE == [512, 512] and cfg.SOLVER.MAX_ITER == 240000
+
+
+def test_options_override_the_file():
+    cfg = load_config(BASE, ["MODEL.SSD.NUM_CLASSES", "20", "MODEL.SSD.INPUT_SIZE", "[320,480]"])
+    assert cfg.MODEL.SSD.NUM_CLASSES == 20 and cfg.MODEL.SSD.INPUT_SIZE == [320, 480]
+    assert load_config(BASE).MODEL.SSD.NUM_CLASSES == 80
+
+
+def test_code_defaults_without_a_file():
+    cfg = load_config("")
+    assert cfg.MODEL.SSD.DEFAULT_BOXES.STEPS == [8.0, 16.0, 32.0, 64.0, 100.0, 300.0]
+
+
+def write(folder, text, name="config.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_misspelt_key_in_a_file(tmp_path):
+    path = write(tmp_path, "MODEL: {SSD: {NUM_CLASES: 3}}")
+    with pytest.raises(KeyError) as error:
+        load_config(path)
+    for part in ("MODEL.SSD.NUM_CLASES", path, "did you mean MODEL.SSD.NUM_CLASSES"):
+        assert part in str(error.value)
+
+
+def test_misspelt_key_on_the_command_line():
+    with pytest.raises(
+        KeyError, match="MODEL.SSD.MATCHING.IOU_TRESHOLD.*command line.*IOU_THRESHOLD"
+    ):
+        load_config(BASE, ["MODEL.SSD.MATCHING.IOU_TRESHOLD", "0.4"])
+
+
+def test_unknown_key_like_no_other():
+    with pytest.raises(KeyError, match="XYZZY") as error:
+        load_config(BASE, ["XYZZY", "1"])
+    assert "did you mean" not in str(error.value)
+
+
+def test_value_of_another_type_names_the_key():
+    with pytest.raises(ValueError, match="NUM_CLASSES|MODEL.SSD"):
+        load_config(BASE, ["MODEL.SSD.NUM_CLASSES", "many"])
+
+
+def test_missing_file(tmp_path):
+    path = str(tmp_path / "absent.yaml")
+    with pytest.raises(FileNotFoundError, match="--config-file.*absent.yaml.*current folder"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("in_base", [False, True])
+@pytest.mark.parametrize("tag", ["os.mkdir", "subprocess.check_output"])
+def test_yaml_that_would_run_code_is_refused(tmp_path, tag, in_base):
+    mark = tmp_path / "made"
+    argument = f"[mkdir, {mark}]" if tag.startswith("subprocess") else str(mark)
+    path = write(tmp_path, f"OUTPUT_DIR: !!python/object/apply:{tag} [{argument}]")
+    yaml.unsafe_load((tmp_path / "config.yaml").read_text())  # it would run
+    assert mark.exists()
+    mark.rmdir()
+    if in_base:
+        path = write(tmp_path, "_BASE_: config.yaml\nSEED: 1", "lab.yaml")
+    with pytest.raises(yaml.constructor.ConstructorError):
+        load_config(path)
+    assert not mark.exists()

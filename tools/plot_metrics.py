@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Draws a run's losses and evaluation results: plot_metrics.py OUTPUT/metrics.json PICTURE.png"""
+
+import argparse
+import json
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def read_metrics(path: str) -> dict:
+    """{name: (iterations, values)}; of lines with the same iteration the last one counts."""
+    series = {}
+    with open(path) as file:
+        for line in file:
+            record = json.loads(line)
+            for name, value in record.items():
+                if name != "iteration":
+                    series.setdefault(name, {})[record["iteration"]] = value
+    return {name: tuple(zip(*sorted(points.items()))) for name, points in series.items()}
+
+
+def plot(series: dict, path: str) -> None:
+    """Losses on the left, COCO's AP and AP50 over all classes and by class on the right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for name, style in (("loss_cls", "-"), ("loss_box_reg", "--")):
+        if name in series:
+            left.plot(*series[name], style, label=name)
+    left.set(xlabel="iteration", ylabel="loss", ylim=(0, None), title="Training loss")
+    names = sorted(name for name in series if name.startswith("bbox/AP50"))
+    for name, marker in zip(["bbox/AP", *names], "os^vDPX*" * len(names)):
+        if name in series:
+            right.plot(*series[name], marker=marker, label=name.removeprefix("bbox/"))
+    right.set(xlabel="iteration", ylabel="%", ylim=(0, 100), title="Evaluation")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("metrics", help="metrics.json of a run")
+    parser.add_argument("picture", help="file to write, e.g. curve.png")
+    arguments = parser.parse_args()
+    plot(read_metrics(arguments.metrics), arguments.picture)
