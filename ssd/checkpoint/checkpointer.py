@@ -48,12 +48,11 @@ class SSDCheckpointer(DetectionCheckpointer):
             FileNotFoundError: names ``MODEL.WEIGHTS`` and where known weights come from.
             ValueError: for a file that isn't a checkpoint, or doesn't fit.
         """
-        file = path.split("?")[0]  # may carry Detectron2's ?matching_heuristics=True
-        if file and "://" not in file and not os.path.isfile(file):
-            where = _WHERE.get(os.path.basename(file))
+        if path and "://" not in path and not os.path.isfile(path):
+            where = _WHERE.get(os.path.basename(path))
             hint = f"; it can be downloaded from {where}" if where else ""
             raise FileNotFoundError(
-                f"MODEL.WEIGHTS {file!r} does not exist (current folder: {os.getcwd()}){hint}"
+                f"MODEL.WEIGHTS {path!r} does not exist (current folder: {os.getcwd()}){hint}"
             )
         if self._strict and not path:
             raise ValueError("evaluation needs weights: MODEL.WEIGHTS is empty")
@@ -87,29 +86,23 @@ class SSDCheckpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS {filename}: pickle files can run code when they are read; "
                 "convert it to .pth first"
             )
-        return super()._load_file(filename)
-
-    def _torch_load(self, filename: str) -> Dict[str, Any]:
         try:
             data = torch.load(filename, map_location="cpu", weights_only=True)
         except (OSError, MemoryError):
             raise
         except Exception as error:  # torch raises nearly anything for a broken file
-            lines = str(error).splitlines() or [type(error).__name__]
-            reason = lines[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             if isinstance(error, pickle.UnpicklingError):  # torch's advice is to read it unsafely
                 unsafe = re.search(r"GLOBAL (\S+)", str(error))
                 reason = f"holds {unsafe[1]}, which could run code" if unsafe else "no torch file"
             raise ValueError(
                 f"MODEL.WEIGHTS {filename} is not a readable checkpoint: {reason}"
             ) from None
-        if isinstance(data, dict) and "model" not in data and "state_dict" in data:
-            data = {"model": data["state_dict"]}
-        state = data.get("model", data) if isinstance(data, dict) else None
-        if (
-            not isinstance(state, dict)
-            or not state
-            or not all(isinstance(value, Tensor) for value in state.values())
+        if isinstance(data, dict) and "model" not in data:
+            data = {"model": data.get("state_dict", data)}
+        state = data["model"] if isinstance(data, dict) else None
+        if not (isinstance(state, dict) and state) or not all(
+            isinstance(value, Tensor) for value in state.values()
         ):
             raise ValueError(f"MODEL.WEIGHTS {filename} holds no dictionary of weights")
         return data
