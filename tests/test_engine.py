@@ -100,6 +100,11 @@ def test_best_checkpoint_says_its_iteration_and_is_not_what_a_resume_takes(tiny_
         assert file.read() == "model_final.pth"  # though model_best.pth was saved after it
 
 
+def test_best_metric_of_an_evaluator_that_is_off_is_refused_at_once(tiny_cfg):
+    with pytest.raises(ValueError, match="TEST.BEST_METRIC 'voc/mAP'.*TEST.EVALUATORS.*'coco'"):
+        Trainer(tiny_cfg("TEST.BEST_METRIC", "voc/mAP"))
+
+
 def test_best_metric_must_be_evaluated(tiny_cfg):
     cfg = tiny_cfg("SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "bbox/AP51")
     ScriptedTrainer.script = [1.0, 1.0]
@@ -107,9 +112,10 @@ def test_best_metric_must_be_evaluated(tiny_cfg):
         train(cfg, ScriptedTrainer)
 
 
-@pytest.mark.parametrize("reference, expected", [(0, 0.05), (16, 0.0125), (2, 0.1)])
+@pytest.mark.parametrize("reference, expected", [(0, 0.04), (16, 0.01), (2, 0.08)])
 def test_learning_rate_scales_with_the_global_batch(tiny_cfg, reference, expected):
-    trainer = Trainer(tiny_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", reference))
+    cfg = tiny_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", reference, "SOLVER.BASE_LR", 0.04)
+    trainer = Trainer(cfg)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates == pytest.approx([expected] * len(rates))
     assert trainer.cfg.SOLVER.IMS_PER_BATCH == 4 and trainer.max_iter == 4
