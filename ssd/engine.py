@@ -230,9 +230,12 @@ class TrainingStep(SimpleTrainer):
 
         with torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None):
             losses = self.model(data)
-        check_finite(losses, self.iter, data)
         self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
+        # the step's one host-device synchronisation, after the backward pass has been queued
+        values = torch.stack([value.detach() for value in losses.values()]).cpu()
+        losses = dict(zip(losses, values))
+        check_finite(losses, self.iter, data)
         self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -247,7 +250,7 @@ class TrainingStep(SimpleTrainer):
 
 def check_finite(losses: Dict[str, Tensor], iteration: int, data: List[Dict]) -> None:
     """FloatingPointError with every term, the iteration and the files, if one isn't finite."""
-    values = {name: float(value.detach()) for name, value in losses.items()}
+    values = {name: float(value) for name, value in losses.items()}
     if not all(map(math.isfinite, values.values())):
         files = ", ".join(str(x.get("file_name")) for x in data)
         raise FloatingPointError(

@@ -10,6 +10,7 @@ from typing import Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 __all__ = [
     "encode_boxes",
@@ -17,19 +18,7 @@ __all__ = [
     "mine_hard_negatives",
     "multibox_loss",
     "num_matched",
-    "pairwise_iou",
 ]
-
-
-def pairwise_iou(boxes: Tensor, default_boxes: Tensor) -> Tensor:
-    """IoU of boxes (N, M, 4) with default boxes (R, 4): (N, M, R). 0 for empty boxes."""
-    boxes = boxes[:, :, None]
-    low = torch.maximum(boxes[..., :2], default_boxes[:, :2])
-    high = torch.minimum(boxes[..., 2:], default_boxes[:, 2:])
-    intersection = (high - low).clamp_(min=0).prod(dim=-1)
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
-    default_area = (default_boxes[:, 2:] - default_boxes[:, :2]).prod(dim=-1)
-    return intersection / (area + default_area - intersection).clamp_(min=1e-6)
 
 
 def match_default_boxes(
@@ -56,7 +45,7 @@ def match_default_boxes(
     Returns:
         (N, R) int64: the index of the ground truth, or -1 for background.
     """
-    iou = pairwise_iou(gt_boxes, default_boxes)
+    iou = box_iou(gt_boxes.flatten(0, 1), default_boxes).view(*gt_valid.shape, -1)  # (N, M, R)
     iou = torch.where(gt_valid[:, :, None], iou, -1.0)
     best_iou, best_gt = iou.max(dim=1)  # (N, R)
     by_threshold = torch.where(best_iou >= iou_threshold, best_gt, -1)

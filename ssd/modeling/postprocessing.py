@@ -117,9 +117,9 @@ def detect(
     )
     keep = keep[kept]  # by descending score
     keep = keep[rank_in_group(scores[keep], image[keep]) < detections_per_image]
+    keep = keep[image[keep].argsort(stable=True)]  # by image, then by descending score
     results = []
-    for i in range(num_images):
-        of_image = keep[image[keep] == i]
+    for of_image in keep.split(torch.bincount(image[keep], minlength=num_images).tolist()):
         result = Instances(image_size)
         result.pred_boxes = boxes[of_image]
         result.scores = scores[of_image]

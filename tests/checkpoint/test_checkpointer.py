@@ -126,11 +126,13 @@ def golden_names():
     return read
 
 
-def test_mmdetection_file_fills_the_model(tmp_path, golden_names):
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_mmdetection_file_fills_the_model(tmp_path, golden_names, prefix):
     generator = torch.Generator().manual_seed(0)
     state = {n: torch.rand(s, generator=generator) for n, s in golden_names("ssdlite").items()}
     path = str(tmp_path / "ssdlite.pth")
-    torch.save({"state_dict": state, "meta": {"epoch": 120, "CLASSES": ("a", "b")}}, path)
+    stored = {prefix + name: value for name, value in state.items()}
+    torch.save({"state_dict": stored, "meta": {"epoch": 120, "CLASSES": ("a", "b")}}, path)
     cfg = load_config(str(BASES / "ssdlite_mobilenetv2.yaml"), ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
     SSDCheckpointer(model, cfg=cfg, strict=True).load(path)

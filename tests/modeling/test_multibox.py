@@ -11,7 +11,6 @@ from ssd.modeling.multibox import (
     mine_hard_negatives,
     multibox_loss,
     num_matched,
-    pairwise_iou,
 )
 from ssd.modeling.postprocessing import decode_boxes
 
@@ -27,13 +26,6 @@ def match(gts, best="argmax", threshold=0.5, valid=None):
     gts = torch.tensor([gts], dtype=torch.float32)
     valid = torch.tensor([valid or [True] * gts.shape[1]])
     return match_default_boxes(gts, valid, QUARTERS, threshold, best)[0].tolist()
-
-
-def test_iou_computed_by_hand():
-    boxes = torch.tensor([[[0, 0, 5, 5], [5, 0, 15, 10], [3, 3, 3, 3]]], dtype=torch.float32)
-    # 25 of 100; two halves: 50 of 150 each; an empty box
-    expected = [[1 / 4, 0, 0, 0], [1 / 3, 1 / 3, 0, 0], [0, 0, 0, 0]]
-    torch.testing.assert_close(pairwise_iou(boxes, QUARTERS), torch.tensor([expected]))
 
 
 @pytest.mark.parametrize("best", ["argmax", "bipartite"])
