@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-from ssd.checkpoint import mmdet, vgg
+from ssd.checkpoint import mmdet, torchvision, vgg
 
 __all__ = ["SSDCheckpointer"]
 
@@ -25,8 +25,9 @@ _WHERE = {
 class SSDCheckpointer(DetectionCheckpointer):
     """A DetectionCheckpointer that recognises foreign weights and never leaves half a file.
 
-    Reads, recognised by their parameter names: our own, MMDetection 3.x SSD and SSDLite, VGG16
-    reduced-fc, torchvision's ``vgg16``.
+    Reads, recognised by their parameter names: our own; MMDetection 3.x SSD and SSDLite;
+    torchvision's SSD300 and SSDLite; of backbones VGG16 reduced-fc and torchvision's ``vgg16``,
+    ``mobilenet_v2``, ``mobilenet_v3_large`` and ResNets.
     """
 
     def __init__(self, model, save_dir: str = "", *, cfg=None, strict: bool = False, **kwargs):
@@ -34,12 +35,14 @@ class SSDCheckpointer(DetectionCheckpointer):
         Args:
             cfg: says the order and scale of the input's channels, for VGG16 weights.
             strict: weights must fill the model completely (evaluation); otherwise what doesn't
-                fit stays fresh and is named in the log (training).
+                fit stays fresh and is named in the log (training). With SOLVER.EMA.ENABLED
+                evaluation takes the averaged weights of a file that has them.
         """
         super().__init__(model, save_dir, **kwargs)
         self._pixel_std = tuple(cfg.MODEL.PIXEL_STD) if cfg else (1.0, 1.0, 1.0)
         self._input_format = cfg.INPUT.FORMAT if cfg else "RGB"
         self._strict = strict
+        self._use_average = bool(strict and cfg and cfg.SOLVER.EMA.ENABLED)
 
     def load(self, path: str, checkpointables: Optional[Iterable[str]] = None) -> Dict[str, Any]:
         """See :class:`DetectionCheckpointer`.
@@ -98,6 +101,12 @@ class SSDCheckpointer(DetectionCheckpointer):
             raise ValueError(
                 f"MODEL.WEIGHTS {filename} is not a readable checkpoint: {reason}"
             ) from None
+        if isinstance(data, dict) and self._use_average:
+            if "ema" in data:
+                logger.info("Taking the averaged weights (SOLVER.EMA)")
+                data["model"] = data.pop("ema")
+            else:
+                logger.warning("There are no averaged weights (SOLVER.EMA) in %s", filename)
         if isinstance(data, dict) and "model" not in data:
             data = {"model": data.get("state_dict", data)}
         state = data["model"] if isinstance(data, dict) else None
@@ -112,6 +121,12 @@ class SSDCheckpointer(DetectionCheckpointer):
         if mmdet.recognises(state):
             logger.info("Found an MMDetection SSD")
             state = mmdet.convert(state)
+        elif torchvision.recognises(state):
+            logger.info("Found a torchvision SSD; its background class goes from first to last")
+            state = torchvision.convert(state)
+        elif kind := torchvision.recognises_backbone(state):
+            logger.info("Found torchvision's %s", kind)
+            state = torchvision.convert_backbone(state, self._pixel_std, self._input_format)
         elif vgg.recognises(state):
             state, found = vgg.convert(state, self._pixel_std, self._input_format)
             logger.info("Found %s", found)

@@ -2,8 +2,9 @@
 
 from typing import Dict, Iterable, Tuple
 
-import torch
 from torch import Tensor
+
+from ssd.checkpoint.layers import IMAGENET_STD, adapt_first_layer
 
 __all__ = ["CONV_NAMES", "convert", "recognises"]
 
@@ -17,8 +18,6 @@ CONV_NAMES = {
     31: "fc6", 33: "fc7",
 }  # fmt: skip
 _PREFIXES = ("features.", "vgg.", "")
-# torchvision normalises RGB in [0, 1] by this.
-_TORCHVISION_STD = (0.229, 0.224, 0.225)
 
 
 def recognises(state: Dict[str, Tensor]) -> bool:
@@ -53,7 +52,7 @@ def convert(
                 result[f"backbone.bottom_up.{name}.{leaf}"] = rest.pop(key).clone()
     found = "VGG16 reduced-fc"
     first = result["backbone.bottom_up.conv1_1.weight"]
-    scale = torch.tensor([1.0, 1.0, 1.0])
+    input_std = (1.0, 1.0, 1.0)
     if "classifier.0.weight" in state:
         found = "torchvision VGG16, fc6 and fc7 subsampled"
         fc6, fc6_bias = rest.pop("classifier.0.weight"), rest.pop("classifier.0.bias")
@@ -64,11 +63,10 @@ def convert(
         result[prefix + "fc6.bias"] = fc6_bias[::4].clone()
         result[prefix + "fc7.weight"] = fc7.view(4096, 4096, 1, 1)[::4, ::4].clone()
         result[prefix + "fc7.bias"] = fc7_bias[::4].clone()
-        scale = 255 * torch.tensor(_TORCHVISION_STD)
+        input_std = [255 * std for std in IMAGENET_STD]
     if input_format == "BGR":
-        first, scale = first.flip(1), scale.flip(0)
         found += ", first layer reversed to BGR"
-    first = first * (torch.tensor(pixel_std) / scale)[None, :, None, None]
+    first = adapt_first_layer(first, input_std, pixel_std, input_format)
     result["backbone.bottom_up.conv1_1.weight"] = first
     return {**result, **rest}, found
 

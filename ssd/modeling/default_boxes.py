@@ -22,6 +22,8 @@ class DefaultBoxGenerator(nn.Module):
     and the tall one. A box is centred at ``((x + 0.5) * step, (y + 0.5) * step)``. The order of
     boxes is level, row, column, shape.
 
+    TensorFlow's first level has one square of another side in place of the two (``first_square``).
+
     Attributes:
         num_anchors: A of each level (the name that Detectron2's heads expect).
     """
@@ -37,7 +39,8 @@ class DefaultBoxGenerator(nn.Module):
         max_size: float,
         aspect_ratios: Sequence[Sequence[float]],
         steps: Sequence = (),
-        clip: bool = False,
+        clip: str = "none",
+        first_square: float = 0.0,
     ):
         """
         Args:
@@ -46,7 +49,9 @@ class DefaultBoxGenerator(nn.Module):
             max_size: the ``max`` of the last level; another level's is the next level's ``min``.
             aspect_ratios: of each level, each greater than 1.
             steps: of each level, in pixels: one number, or (y, x); empty: input size / map size.
-            clip: whether boxes are clipped to the input.
+            clip: "none"; "xyxy": the corners are clipped to the input; "cxcywh": the centre, width
+                and height are, each by itself; "wh": width and height are.
+            first_square: > 0: side of the only square of the first level, in pixels.
         """
         super().__init__()
         levels = len(min_sizes)
@@ -63,11 +68,17 @@ class DefaultBoxGenerator(nn.Module):
             )
         self.input_size = tuple(input_size)
         self.steps = [tuple(s) if isinstance(s, (list, tuple)) else (s, s) for s in steps]
+        if clip not in ("none", "xyxy", "cxcywh", "wh"):
+            raise ValueError(
+                f"MODEL.SSD.DEFAULT_BOXES.CLIP: 'none', 'xyxy', 'cxcywh' or 'wh', got {clip!r}"
+            )
         self.clip = clip
         self.shapes = [
             _cell_shapes(low, high, ratios)
             for low, high, ratios in zip(sizes, sizes[1:], aspect_ratios)
         ]
+        if first_square > 0:
+            self.shapes[0][:2] = [(first_square, first_square)]
         self.num_anchors = [len(shapes) for shapes in self.shapes]
 
     @classmethod
@@ -85,6 +96,7 @@ class DefaultBoxGenerator(nn.Module):
             "aspect_ratios": boxes.ASPECT_RATIOS,
             "steps": boxes.STEPS,
             "clip": boxes.CLIP,
+            "first_square": boxes.FIRST_SQUARE,
         }
 
     def per_level(self, map_sizes: Sequence[Tuple[int, int]]) -> List[Tensor]:
@@ -104,12 +116,15 @@ class DefaultBoxGenerator(nn.Module):
             x = (torch.arange(columns, dtype=torch.float64) + 0.5) * step_x
             center = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flip(-1)
             center = center[:, :, None, :]  # (H, W, 1, 2), x before y
-            half = torch.tensor(shapes, dtype=torch.float64) / 2
-            level_boxes = torch.cat([center - half, center + half], dim=-1).reshape(-1, 4)
-            if self.clip:
-                height, width = self.input_size
-                limit = torch.tensor([width, height, width, height], dtype=torch.float64)
-                level_boxes = level_boxes.clamp(min=0).minimum(limit)
+            size = torch.tensor(shapes, dtype=torch.float64)
+            limit = torch.tensor(self.input_size[::-1], dtype=torch.float64)  # width, height
+            if self.clip in ("cxcywh", "wh"):
+                size = size.minimum(limit)
+            if self.clip == "cxcywh":
+                center = center.minimum(limit)
+            level_boxes = torch.cat([center - size / 2, center + size / 2], dim=-1).reshape(-1, 4)
+            if self.clip == "xyxy":
+                level_boxes = level_boxes.clamp(min=0).minimum(limit.repeat(2))
             boxes.append(level_boxes.float())
         return boxes
 

@@ -4,9 +4,11 @@ from typing import Dict, Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
+
+from ssd.modeling.blocks import InvertedResidual, conv_block
 
 __all__ = ["L2Norm", "SSDBackbone", "build_ssd_backbone"]
 
@@ -30,8 +32,7 @@ class SSDBackbone(Backbone):
     """A bottom-up backbone whose last feature map is reduced further by extra layers.
 
     Outputs the chosen maps of ``bottom_up``, L2-normalised where asked for, and ``extra1``,
-    ``extra2``, … Each extra layer is a 1×1 bottleneck and a strided convolution; in a "lite" one
-    the latter is depthwise and followed by a 1×1 convolution (SSDLite).
+    ``extra2``, …
     """
 
     @configurable
@@ -42,7 +43,7 @@ class SSDBackbone(Backbone):
         in_features: Sequence[str],
         extra_layers: Sequence[Sequence[int]] = (),
         l2_norm_features: Sequence[str] = (),
-        lite: bool = False,
+        block: str = "conv",
         norm: str = "",
         activation: str = "ReLU",
     ):
@@ -52,7 +53,7 @@ class SSDBackbone(Backbone):
             in_features: names of its outputs to use; the last one feeds the extra layers.
             extra_layers: (bottleneck channels, output channels, kernel, stride, padding) of each.
             l2_norm_features: those of ``in_features`` that are L2-normalised.
-            lite, norm, activation: the kind of extra layers; see ``MODEL.SSD``.
+            block, norm, activation: the kind of extra layers; see ``MODEL.SSD.EXTRA_BLOCK``.
         """
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -81,29 +82,17 @@ class SSDBackbone(Backbone):
                     "MODEL.SSD.EXTRA_LAYERS: a row is [bottleneck channels, output channels, "
                     f"kernel, stride, padding], got {row}"
                 )
-            bottleneck, out_channels, kernel, layer_stride, padding = row
-            spatial = {"kernel_size": kernel, "stride": layer_stride, "padding": padding}
-            layer = nn.Sequential(conv_block(channels, bottleneck, norm, activation, kernel_size=1))
-            if lite:
-                layer.append(
-                    conv_block(
-                        bottleneck, bottleneck, norm, activation, groups=bottleneck, **spatial
-                    )
-                )
-                layer.append(conv_block(bottleneck, out_channels, norm, activation, kernel_size=1))
-            else:
-                layer.append(conv_block(bottleneck, out_channels, norm, activation, **spatial))
-            self.extra_layers.append(layer)
-            channels, stride = out_channels, stride * layer_stride
+            self.extra_layers.append(_extra_layer(channels, *row, block, norm, activation))
+            channels, stride = row[1], stride * row[3]
             self._out_feature_channels[f"extra{number}"] = channels
             self._out_feature_strides[f"extra{number}"] = stride
         self._out_features = list(self._out_feature_channels)
         for module in self.extra_layers.modules():
             if isinstance(module, nn.Conv2d):
-                if lite:
-                    nn.init.normal_(module.weight, std=0.03)
-                else:
+                if block == "conv":
                     nn.init.xavier_uniform_(module.weight)
+                else:
+                    nn.init.normal_(module.weight, std=0.03)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -115,9 +104,9 @@ class SSDBackbone(Backbone):
             "in_features": ssd.IN_FEATURES,
             "extra_layers": ssd.EXTRA_LAYERS,
             "l2_norm_features": ssd.L2_NORM_FEATURES,
-            "lite": ssd.LITE,
+            "block": ssd.EXTRA_BLOCK,
             "norm": ssd.NORM,
-            "activation": ssd.ACTIVATION,
+            "activation": ssd.EXTRA_ACTIVATION,
         }
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
@@ -132,18 +121,38 @@ class SSDBackbone(Backbone):
         return outputs
 
 
-def conv_block(in_channels: int, out_channels: int, norm: str, activation: str, **kwargs) -> Conv2d:
-    """Convolution, normalisation (if ``norm`` isn't empty) and activation."""
-    if not hasattr(nn, activation):
-        raise ValueError(f"MODEL.SSD.ACTIVATION: no class {activation!r} in torch.nn")
-    return Conv2d(
-        in_channels,
-        out_channels,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-        activation=getattr(nn, activation)(inplace=True),
-        **kwargs,
-    )
+def _extra_layer(
+    in_channels: int,
+    bottleneck: int,
+    out_channels: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    block: str,
+    norm: str,
+    activation: str,
+) -> nn.Module:
+    """One extra layer; ``block`` as in ``MODEL.SSD.EXTRA_BLOCK``."""
+    spatial = {"stride": stride, "padding": padding}
+    kwargs = {"norm": norm, "activation": activation}
+    if block in ("inverted", "inverted_se"):
+        return InvertedResidual(
+            in_channels, bottleneck, out_channels, kernel, **spatial, **kwargs,
+            squeeze=block == "inverted_se", squeeze_first=True,
+        )  # fmt: skip
+    layer = nn.Sequential(conv_block(in_channels, bottleneck, **kwargs))
+    if block == "conv":
+        layer.append(conv_block(bottleneck, out_channels, kernel, **spatial, **kwargs))
+    elif block == "separable":
+        depthwise = {**spatial, **kwargs, "groups": bottleneck}
+        layer.append(conv_block(bottleneck, bottleneck, kernel, **depthwise))
+        layer.append(conv_block(bottleneck, out_channels, **kwargs))
+    else:
+        raise ValueError(
+            "MODEL.SSD.EXTRA_BLOCK: 'conv', 'separable', 'inverted' or 'inverted_se', "
+            f"got {block!r}"
+        )
+    return layer
 
 
 @BACKBONE_REGISTRY.register()

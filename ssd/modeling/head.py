@@ -5,7 +5,7 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ssd.modeling.extra_layers import conv_block
+from ssd.modeling.blocks import conv_block
 
 __all__ = ["SSDHead", "SSDLiteHead"]
 
@@ -23,14 +23,16 @@ class SSDHead(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         levels = list(zip(in_channels, num_anchors))
-        self.cls_predictors = nn.ModuleList(
-            self._predictor(channels, a * (num_classes + 1)) for channels, a in levels
-        )
-        self.box_predictors = nn.ModuleList(
-            self._predictor(channels, a * 4) for channels, a in levels
+        last = len(levels) - 1
+        self.cls_predictors, self.box_predictors = (
+            nn.ModuleList(
+                self._predictor(channels, a * size, level == last)
+                for level, (channels, a) in enumerate(levels)
+            )
+            for size in (num_classes + 1, 4)
         )
 
-    def _predictor(self, in_channels: int, out_channels: int) -> nn.Module:
+    def _predictor(self, in_channels: int, out_channels: int, is_last: bool) -> nn.Module:
         conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         nn.init.xavier_uniform_(conv.weight)
         nn.init.zeros_(conv.bias)
@@ -50,20 +52,28 @@ class SSDHead(nn.Module):
 class SSDLiteHead(SSDHead):
     """Depthwise 3×3 and 1×1 convolutions in place of the 3×3 ones (MobileNetV2 paper, 6.2)."""
 
-    def __init__(self, *args, norm: str = "BN", activation: str = "ReLU6"):
-        self._norm, self._activation = norm, activation
+    def __init__(self, *args, norm: str = "BN", last_1x1: bool = False):
+        """
+        Args:
+            norm: of the depthwise convolution; its activation is ReLU6.
+            last_1x1: whether the last level has a 1×1 convolution only (lufficc, qfgaohao).
+        """
+        self._norm, self._last_1x1 = norm, last_1x1
         super().__init__(*args)
 
-    def _predictor(self, in_channels: int, out_channels: int) -> nn.Module:
-        depthwise = conv_block(
-            in_channels, in_channels, self._norm, self._activation,
-            kernel_size=3, padding=1, groups=in_channels,
-        )  # fmt: skip
-        pointwise = nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.normal_(depthwise.weight, std=0.03)
-        nn.init.normal_(pointwise.weight, std=0.03)
-        nn.init.zeros_(pointwise.bias)
-        return nn.Sequential(depthwise, pointwise)
+    def _predictor(self, in_channels: int, out_channels: int, is_last: bool) -> nn.Module:
+        predictor = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1))
+        if not (is_last and self._last_1x1):
+            depthwise = conv_block(
+                in_channels, in_channels, 3, norm=self._norm, activation="ReLU6", groups=in_channels
+            )
+            predictor.insert(0, depthwise)
+        for module in predictor.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.03)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        return predictor
 
 
 def _join(maps: List[Tensor], size: int) -> Tensor:

@@ -1,17 +1,24 @@
-"""MobileNetV2 (arXiv 1801.04381, table 2)."""
+"""MobileNetV1 (arXiv 1704.04861), V2 (1801.04381) and V3-Large (1905.02244)."""
 
-from typing import Dict, Sequence
+from typing import Callable, Dict, Iterable, Sequence
 
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ssd.modeling.vgg import check_out_features
+from ssd.modeling.blocks import InvertedResidual, check_out_features, conv_block, round_to_8
 
-__all__ = ["MobileNetV2", "build_mobilenetv2_backbone"]
+__all__ = [
+    "MobileNet",
+    "build_mobilenetv1_backbone",
+    "build_mobilenetv2_backbone",
+    "build_mobilenetv3_backbone",
+]
 
-# Expansion, output channels, blocks and stride of each stage.
-_STAGES = (
+# V1, table 1: output channels, blocks and stride of each stage.
+_V1_STAGES = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2))
+# V2, table 2: expansion, output channels, blocks and stride of each stage.
+_V2_STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -20,112 +27,167 @@ _STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+# V3, table 1: kernel, output channels, squeeze-and-excitation, activation and stride of each
+# stage, and the depthwise convolution's channels in each of its blocks.
+_V3_STAGES = (
+    (3, 16, False, "ReLU", 1, (16,)),
+    (3, 24, False, "ReLU", 2, (64, 72)),
+    (5, 40, True, "ReLU", 2, (72, 120, 120)),
+    (3, 80, False, "Hardswish", 2, (240, 200, 184, 184)),
+    (3, 112, True, "Hardswish", 1, (480, 672)),
+    (5, 160, True, "Hardswish", 2, (672, 960, 960)),
+)
 
 
-class InvertedResidual(nn.Module):
-    """1×1 expansion, 3×3 depthwise, linear 1×1 projection; a shortcut where shapes agree."""
+class MobileNet(Backbone):
+    """A MobileNet without its classifier.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: str):
-        super().__init__()
-        hidden = in_channels * expansion
-        self.expand = (
-            conv_norm_relu6(in_channels, hidden, 1, norm=norm) if expansion > 1 else nn.Identity()
-        )
-        self.depthwise = conv_norm_relu6(hidden, hidden, 3, stride=stride, groups=hidden, norm=norm)
-        self.project = Conv2d(
-            hidden, out_channels, 1, bias=not norm, norm=get_norm(norm, out_channels)
-        )
-        self.shortcut = stride == 1 and in_channels == out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.shortcut else y
-
-
-class MobileNetV2(Backbone):
-    """MobileNetV2 without its classifier.
-
-    Outputs: ``stage1`` to ``stage7`` (linear bottlenecks of 16, 24, 32, 64, 96, 160, 320 channels
-    and stride 2, 4, 8, 16, 16, 32, 32) and ``conv2`` (the last 1×1 convolution, 1280 channels).
+    Outputs: ``stage1``, ``stage2``, …, of a stage's last block; ``stage2_expand``, …, of the
+    expansion inside a strided stage's first block, with that stage's input size; and ``conv2``,
+    the last 1×1 convolution, if there is one.
     """
 
     def __init__(
         self,
-        in_channels: int = 3,
-        out_features: Sequence[str] = ("stage5", "conv2"),
-        width_mult: float = 1.0,
-        norm: str = "BN",
+        conv1: nn.Module,
+        stages: Iterable[Sequence[nn.Module]],
+        conv2: nn.Module = None,
+        *,
+        out_features: Sequence[str],
     ):
+        """
+        Args:
+            conv1: of stride 2.
+            stages: the blocks of each; the first block may be strided.
+            out_features: which outputs; layers after the last of them are left out.
+        """
         super().__init__()
-        if not width_mult > 0:
-            raise ValueError(f"MODEL.MOBILENET.WIDTH_MULT must be positive, got {width_mult}")
-        channels = _round_to_8(32 * width_mult)
-        self.conv1 = conv_norm_relu6(in_channels, channels, 3, stride=2, norm=norm)
-        self._out_feature_channels = {}
-        self._out_feature_strides = {}
-        stride = 2
-        for number, (expansion, width, blocks, stage_stride) in enumerate(_STAGES, 1):
-            name, width = f"stage{number}", _round_to_8(width * width_mult)
-            stage = nn.Sequential()
-            for block in range(blocks):
-                block_stride = stage_stride if block == 0 else 1
-                stage.append(InvertedResidual(channels, width, block_stride, expansion, norm))
-                channels = width
-            self.add_module(name, stage)
-            stride *= stage_stride
-            self._out_feature_channels[name] = channels
+        self.conv1 = conv1
+        layers, stride = {}, 2
+        self._out_feature_channels, self._out_feature_strides = {}, {}
+        for number, blocks in enumerate(stages, 1):
+            name, first = f"stage{number}", blocks[0]
+            if isinstance(first, InvertedResidual) and first.depthwise.stride != (1, 1):
+                self._out_feature_channels[f"{name}_expand"] = first.depthwise.in_channels
+                self._out_feature_strides[f"{name}_expand"] = stride
+            stride *= max(layer.stride[0] for layer in first.modules() if hasattr(layer, "stride"))
+            layers[name] = nn.Sequential(*blocks)
+            last = [layer for layer in blocks[-1].modules() if isinstance(layer, nn.Conv2d)][-1]
+            self._out_feature_channels[name] = last.out_channels
             self._out_feature_strides[name] = stride
-        width = _round_to_8(1280 * max(1.0, width_mult))
-        self.conv2 = conv_norm_relu6(channels, width, 1, norm=norm)
-        self._out_feature_channels["conv2"] = width
-        self._out_feature_strides["conv2"] = stride
-        self._out_features = check_out_features(
-            out_features, self._out_feature_channels, "MODEL.SSD.IN_FEATURES"
-        )
+        if conv2 is not None:
+            layers["conv2"] = conv2
+            self._out_feature_channels["conv2"] = conv2.out_channels
+            self._out_feature_strides["conv2"] = stride
+        self._out_features = check_out_features(out_features, self._out_feature_channels)
         # Layers that no output needs would be parameters without a gradient.
-        names = list(self._out_feature_channels)
-        last = max(names.index(name) for name in self._out_features)
-        self._names, unused = names[: last + 1], names[last + 1 :]
-        for name in unused:
-            delattr(self, name)
+        names = list(layers)
+        last = max(names.index(name.removesuffix("_expand")) for name in out_features)
+        if names[last] not in out_features:
+            raise ValueError(
+                f"MODEL.SSD.IN_FEATURES: {names[last]}_expand must be followed by a later feature "
+                f"such as {names[last]}, got {list(out_features)}"
+            )
+        self._names = names[: last + 1]
+        for name in self._names:
+            self.add_module(name, layers[name])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """(N, 3, H, W) to the named feature maps."""
         outputs = {}
         x = self.conv1(x)
         for name in self._names:
-            x = outputs[name] = getattr(self, name)(x)
+            stage = getattr(self, name)
+            if f"{name}_expand" in self._out_features:
+                x = outputs[f"{name}_expand"] = stage[0].expand(x)
+                x = stage[1:](stage[0].after_expansion(x))
+            else:
+                x = stage(x)
+            outputs[name] = x
         return {name: outputs[name] for name in self._out_features}
 
 
-def conv_norm_relu6(
-    in_channels: int, out_channels: int, kernel: int, *, norm: str, stride: int = 1, groups: int = 1
-) -> Conv2d:
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride=stride,
-        padding=kernel // 2,
-        groups=groups,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-        activation=nn.ReLU6(inplace=True),
-    )
-
-
-def _round_to_8(channels: float) -> int:
-    """The nearest multiple of 8, at least 8 and not below 90 % of ``channels``."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
+def _widths(cfg) -> Callable[[float], int]:
+    mult = cfg.MODEL.MOBILENET.WIDTH_MULT
+    if not mult > 0:
+        raise ValueError(f"MODEL.MOBILENET.WIDTH_MULT must be positive, got {mult}")
+    return lambda channels: round_to_8(channels * mult)
 
 
 @BACKBONE_REGISTRY.register()
-def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
-    """MobileNetV2 as ``MODEL.MOBILENET`` says, with the outputs ``MODEL.SSD.IN_FEATURES``."""
-    keys = cfg.MODEL.MOBILENET
-    names = cfg.MODEL.SSD.IN_FEATURES
-    return MobileNetV2(input_shape.channels, names, keys.WIDTH_MULT, keys.NORM)
+def build_mobilenetv1_backbone(cfg, input_shape: ShapeSpec) -> MobileNet:
+    """MobileNetV1: ``stage1`` to ``stage5`` of 64, 128, 256, 512, 1024 channels and stride 2, 4,
+    8, 16, 32."""
+    norm, width = cfg.MODEL.MOBILENET.NORM, _widths(cfg)
+    kwargs = {"norm": norm, "activation": "ReLU"}
+    channels = width(32)
+    conv1 = conv_block(input_shape.channels, channels, 3, stride=2, **kwargs)
+    stages = []
+    for out_channels, count, stage_stride in _V1_STAGES:
+        blocks, out_channels = [], width(out_channels)
+        for stride in [stage_stride] + [1] * (count - 1):
+            depthwise = conv_block(channels, channels, 3, stride=stride, groups=channels, **kwargs)
+            blocks.append(nn.Sequential(depthwise, conv_block(channels, out_channels, **kwargs)))
+            channels = out_channels
+        stages.append(blocks)
+    return MobileNet(conv1, stages, out_features=cfg.MODEL.SSD.IN_FEATURES)
+
+
+@BACKBONE_REGISTRY.register()
+def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNet:
+    """MobileNetV2: linear bottlenecks ``stage1`` to ``stage7`` of 16, 24, 32, 64, 96, 160, 320
+    channels and stride 2, 4, 8, 16, 16, 32, 32, and ``conv2`` of 1280."""
+    norm, width = cfg.MODEL.MOBILENET.NORM, _widths(cfg)
+    kwargs = {"norm": norm, "activation": "ReLU6"}
+    channels = width(32)
+    conv1 = conv_block(input_shape.channels, channels, 3, stride=2, **kwargs)
+    stages = []
+    for expansion, out_channels, count, stage_stride in _V2_STAGES:
+        blocks, out_channels = [], width(out_channels)
+        for stride in [stage_stride] + [1] * (count - 1):
+            hidden = channels * expansion
+            blocks.append(InvertedResidual(channels, hidden, out_channels, stride=stride, **kwargs))
+            channels = out_channels
+        stages.append(blocks)
+    conv2 = conv_block(channels, max(1280, width(1280)), **kwargs)  # never narrower
+    return MobileNet(conv1, stages, conv2, out_features=cfg.MODEL.SSD.IN_FEATURES)
+
+
+@BACKBONE_REGISTRY.register()
+def build_mobilenetv3_backbone(cfg, input_shape: ShapeSpec) -> MobileNet:
+    """MobileNetV3-Large: ``stage1`` to ``stage6`` of 16, 24, 40, 80, 112, 160 channels and stride
+    2, 4, 8, 16, 16, 32, and ``conv2`` of 960; half as many in stage6 (but for its expansion) and
+    conv2 with ``MODEL.MOBILENET.REDUCED_TAIL`` (table 6)."""
+    keys, width = cfg.MODEL.MOBILENET, _widths(cfg)
+    channels = width(16)
+    conv1 = conv_block(
+        input_shape.channels, channels, 3, stride=2, norm=keys.NORM, activation="Hardswish"
+    )
+    stages = []
+    for kernel, out_channels, squeeze, activation, stage_stride, hidden_channels in _V3_STAGES:
+        divisor = 2 if keys.REDUCED_TAIL and out_channels == 160 else 1
+        blocks, out_channels = [], width(out_channels // divisor)
+        for index, hidden in enumerate(hidden_channels):
+            first = index == 0
+            blocks.append(
+                InvertedResidual(
+                    channels,
+                    width(hidden if first else hidden // divisor),
+                    out_channels,
+                    kernel,
+                    stride=stage_stride if first else 1,
+                    norm=keys.NORM,
+                    activation=activation,
+                    squeeze=squeeze,
+                    squeeze_first=keys.SQUEEZE_FIRST,
+                )
+            )
+            channels = out_channels
+        stages.append(blocks)
+    conv2 = conv_block(channels, 6 * channels, norm=keys.NORM, activation="Hardswish")
+    return MobileNet(conv1, stages, conv2, out_features=cfg.MODEL.SSD.IN_FEATURES)

@@ -14,10 +14,10 @@ from torchvision.ops import box_iou
 
 __all__ = [
     "encode_boxes",
+    "loss_divisor",
     "match_default_boxes",
     "mine_hard_negatives",
     "multibox_loss",
-    "num_matched",
 ]
 
 
@@ -123,17 +123,26 @@ def mine_hard_negatives(
     return hardest & ~positive
 
 
-def num_matched(matched: Tensor, normalizer: str) -> Tensor:
-    """The loss's divisor before max(1, ·) over the batch: a scalar of this process's images.
+def loss_divisor(matched: Tensor, normalizer: str) -> Tensor:
+    """What the losses are divided by, before it is summed over processes.
 
-    ``"image"``: Σ max(1, positives of the image) (MMDetection); ``"batch"``: Σ positives (Caffe).
+    Args:
+        matched: (N, R), see :func:`match_default_boxes`.
+        normalizer: ``"batch"``: the positives of the batch (Caffe, torchvision, lufficc);
+            ``"image"``: Σ max(1, positives of the image) (MMDetection); ``"each"``: each image's
+            losses by its own max(1, positives), then the mean over images (NVIDIA).
+
+    Returns:
+        a scalar, or for ``"each"`` (N,).
     """
     positives = (matched >= 0).sum(dim=1)
-    if normalizer == "image":
-        return positives.clamp(min=1).sum()
     if normalizer == "batch":
         return positives.sum()
-    raise ValueError(f"MODEL.SSD.LOSS.NORMALIZER: 'image' or 'batch', got {normalizer!r}")
+    if normalizer == "image":
+        return positives.clamp(min=1).sum()
+    if normalizer == "each":
+        return positives.clamp(min=1) * len(positives)
+    raise ValueError(f"MODEL.SSD.LOSS.NORMALIZER: 'image', 'batch' or 'each', got {normalizer!r}")
 
 
 def multibox_loss(
@@ -145,25 +154,36 @@ def multibox_loss(
     neg_pos_ratio: float = 3.0,
     negatives_without_positives: int = 0,
     smooth_l1_beta: float = 1.0,
+    score_function: str = "softmax",
 ) -> Tuple[Tensor, Tensor]:
-    """Confidence and localization loss (eq. 1 of the paper), summed, not yet divided.
+    """Confidence and localization loss (eq. 1 of the paper) of each image, not yet divided.
 
     Args:
         logits: (N, R, K + 1).
         deltas: (N, R, 4) predicted offsets.
         labels: (N, R) int64, the background is K.
         targets: (N, R, 4) encoded ground truths; only those of positives count, all are finite.
+        score_function: ``"softmax"``: cross entropy; ``"sigmoid"``: binary cross entropy, summed
+            over all K + 1 outputs (TensorFlow).
 
     Returns:
-        Σ cross entropy over positives and mined negatives, Σ smooth L1 over positives: scalars.
-        Both are 0 for a batch without objects (unless ``negatives_without_positives``).
+        confidence loss over positives and mined negatives, smooth L1 over positives: (N,) each.
+        Both are 0 for an image without objects (unless ``negatives_without_positives``).
     """
     positive = labels < logits.shape[-1] - 1
-    cls_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    cls_loss = cls_loss.view_as(labels)
+    if score_function == "softmax":
+        cls_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        cls_loss = cls_loss.view_as(labels)
+    elif score_function == "sigmoid":
+        one_hot = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+        cls_loss = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(-1)
+    else:
+        raise ValueError(
+            f"MODEL.SSD.SCORE_FUNCTION: 'softmax' or 'sigmoid', got {score_function!r}"
+        )
     negative = mine_hard_negatives(cls_loss, positive, neg_pos_ratio, negatives_without_positives)
     box_loss = F.smooth_l1_loss(deltas, targets, beta=smooth_l1_beta, reduction="none").sum(dim=-1)
     # where, not a product: the loss of a box that doesn't count may be infinite
-    loss_cls = torch.where(positive | negative, cls_loss, 0.0).sum()
-    loss_box_reg = torch.where(positive, box_loss, 0.0).sum()
+    loss_cls = torch.where(positive | negative, cls_loss, 0.0).sum(dim=1)
+    loss_box_reg = torch.where(positive, box_loss, 0.0).sum(dim=1)
     return loss_cls, loss_box_reg

@@ -5,15 +5,17 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_anchor_generator, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ssd.modeling.blocks import pad_as_tensorflow
 from ssd.modeling.default_boxes import DefaultBoxGenerator
 from ssd.modeling.head import SSDHead, SSDLiteHead
-from ssd.modeling.multibox import encode_boxes, match_default_boxes, multibox_loss, num_matched
+from ssd.modeling.multibox import encode_boxes, loss_divisor, match_default_boxes, multibox_loss
 from ssd.modeling.postprocessing import detect
 
 __all__ = ["SSD"]
@@ -56,7 +58,7 @@ class SSD(DenseDetector):
             input_format: order of the channels of the given images, for visualisation.
             matching: keyword arguments of :func:`match_default_boxes`.
             loss: keyword arguments of :func:`multibox_loss`.
-            loss_normalizer: see :func:`num_matched`.
+            loss_normalizer: see :func:`loss_divisor`.
             box_weight: of the localization loss (α of the paper's eq. 1).
             detection: keyword arguments of :func:`detect`.
             topk_per: "level" or "class", the groups of ``detection["topk_candidates"]``.
@@ -99,23 +101,24 @@ class SSD(DenseDetector):
         height, width = ssd.INPUT_SIZE
         _check_positive("NUM_CLASSES", [ssd.NUM_CLASSES])
         _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
-        _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch"))
+        _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each"))
+        _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
+        _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
         _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
         backbone = build_backbone(cfg)
         shapes = list(backbone.output_shape().values())
         generator = build_anchor_generator(cfg, shapes)
         head_args = ([s.channels for s in shapes], generator.num_anchors, ssd.NUM_CLASSES)
-        head = (
-            SSDLiteHead(*head_args, norm=ssd.NORM, activation=ssd.ACTIVATION)
-            if ssd.LITE
-            else SSDHead(*head_args)
-        )
+        if ssd.HEAD == "conv":
+            head = SSDHead(*head_args)
+        else:
+            head = SSDLiteHead(*head_args, norm=ssd.NORM, last_1x1=ssd.HEAD == "lite_last_1x1")
+        if ssd.SAME_PADDING:
+            pad_as_tensorflow(backbone)
         for module in [*backbone.modules(), *head.modules()]:
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eps, module.momentum = (
-                    cfg.MODEL.BATCH_NORM.EPS,
-                    cfg.MODEL.BATCH_NORM.MOMENTUM,
-                )
+            if isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
+                module.eps = cfg.MODEL.BATCH_NORM.EPS
+                module.momentum = cfg.MODEL.BATCH_NORM.MOMENTUM
         return {
             "backbone": backbone,
             "head": head,
@@ -132,6 +135,7 @@ class SSD(DenseDetector):
                 "neg_pos_ratio": ssd.LOSS.NEG_POS_RATIO,
                 "negatives_without_positives": ssd.LOSS.NEGATIVES_WITHOUT_POSITIVES,
                 "smooth_l1_beta": ssd.LOSS.SMOOTH_L1_BETA,
+                "score_function": ssd.SCORE_FUNCTION,
             },
             "loss_normalizer": ssd.LOSS.NORMALIZER,
             "box_weight": ssd.LOSS.BOX_WEIGHT,
@@ -187,14 +191,15 @@ class SSD(DenseDetector):
         targets = encode_boxes(boxes, self.default_boxes, self.bbox_reg_weights)
 
         loss_cls, loss_box_reg = multibox_loss(logits, deltas, labels, targets, **self.loss)
-        divisor = num_matched(matched, self.loss_normalizer).float()
-        if (world_size := comm.get_world_size()) > 1:
-            torch.distributed.all_reduce(divisor)
-            divisor = divisor / world_size  # DistributedDataParallel averages the gradients
-        divisor = divisor.clamp(min=1.0 / world_size)
+        divisor = loss_divisor(matched, self.loss_normalizer).float()
+        if divisor.dim() == 0:  # of the global batch
+            if (world_size := comm.get_world_size()) > 1:
+                torch.distributed.all_reduce(divisor)
+                divisor = divisor / world_size  # DistributedDataParallel averages the gradients
+            divisor = divisor.clamp(min=1.0 / world_size)
         return {
-            "loss_cls": loss_cls / divisor,
-            "loss_box_reg": self.box_weight * loss_box_reg / divisor,
+            "loss_cls": (loss_cls / divisor).sum(),
+            "loss_box_reg": self.box_weight * (loss_box_reg / divisor).sum(),
         }
 
     def forward_inference(
@@ -206,7 +211,7 @@ class SSD(DenseDetector):
         """Detections of N images, in pixels of the network's input."""
         logits, deltas = self._flatten(predictions)
         return detect(
-            logits.softmax(dim=-1)[..., :-1],
+            self.scores(logits),
             deltas,
             self.default_boxes,
             self.input_size,
@@ -215,6 +220,12 @@ class SSD(DenseDetector):
             bbox_reg_weights=self.bbox_reg_weights,
             **self.detection,
         )
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits (N, R, K + 1) to foreground probabilities (N, R, K)."""
+        if self.loss["score_function"] == "softmax":
+            return logits.softmax(dim=-1)[..., :-1]
+        return logits[..., :-1].sigmoid()
 
     def _flatten(self, predictions: Tuple[List[Tensor], List[Tensor]]) -> Tuple[Tensor, Tensor]:
         logits, deltas = self.head.flatten(*predictions)

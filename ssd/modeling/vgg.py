@@ -7,6 +7,8 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from ssd.modeling.blocks import check_out_features
+
 __all__ = ["VGG16", "build_vgg16_backbone"]
 
 # Output channels of the convolutions of each stage.
@@ -37,9 +39,7 @@ class VGG16(Backbone):
         self.fc7 = _conv(1024, 1024, 1)
         self._out_feature_channels["fc7"] = 1024
         self._out_feature_strides["fc7"] = 16
-        self._out_features = check_out_features(
-            out_features, self._out_feature_channels, "MODEL.SSD.IN_FEATURES"
-        )
+        self._out_features = check_out_features(out_features, self._out_feature_channels)
         # Layers that no output needs would be parameters without a gradient.
         names = [name for name, _ in self.named_children()]
         last = max(names.index(name) for name in self._out_features)
@@ -64,14 +64,6 @@ def _conv(in_channels: int, out_channels: int, kernel: int, **kwargs) -> Conv2d:
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     nn.init.zeros_(conv.bias)
     return conv
-
-
-def check_out_features(names: Sequence[str], available: Dict[str, int], key: str) -> Sequence[str]:
-    """Returns ``names``; ValueError that names the config key if one of them doesn't exist."""
-    unknown = [name for name in names if name not in available]
-    if unknown or not names:
-        raise ValueError(f"{key}: {list(names)}; choose from {list(available)}")
-    return list(names)
 
 
 @BACKBONE_REGISTRY.register()
