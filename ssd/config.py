@@ -43,9 +43,17 @@ def _add_model_keys(cfg: CN) -> None:
         [128, 256, 3, 1, 0],
         [128, 256, 3, 1, 0],
     ]
-    ssd.LITE = False  # depthwise-separable extra layers and predictions (MobileNetV2 paper, 6.2)
-    ssd.NORM = ""  # normalisation in extra layers and SSDLite's head: "", "BN", "SyncBN", …
-    ssd.ACTIVATION = "ReLU"  # in extra layers and SSDLite's head: a class name in torch.nn
+    # A 1×1 bottleneck and a strided convolution ("conv", paper); 1×1, strided depthwise, 1×1
+    # ("separable", SSDLite); the same without activation at the end ("inverted", lufficc and
+    # qfgaohao) and with squeeze-and-excitation ("inverted_se", lufficc's MobileNetV3).
+    ssd.EXTRA_BLOCK = "conv"
+    ssd.EXTRA_ACTIVATION = "ReLU"  # a class name in torch.nn
+    # Predictors: a 3×3 convolution ("conv"), depthwise 3×3 and 1×1 ("lite", MobileNetV2 paper,
+    # 6.2), or "lite" but for a 1×1 convolution at the last level ("lite_last_1x1", lufficc).
+    ssd.HEAD = "conv"
+    # Normalisation in extra layers and "lite" predictors: "", "BN", "SyncBN", "FrozenBN", "GN", …
+    ssd.NORM = ""
+    ssd.SAME_PADDING = False  # strided convolutions pad as in TensorFlow (below and right first)
     ssd.CHANNELS_LAST = True  # memory format of the convolutions: the same results, faster
 
     boxes = ssd.DEFAULT_BOXES = CN()
@@ -55,7 +63,12 @@ def _add_model_keys(cfg: CN) -> None:
     # Distance of the centres in pixels, (y, x) or one number for both. Explicit since the
     # released weights need 64, 100, 300 where 300 / 5 = 60. Empty: input size / map size.
     boxes.STEPS = [8.0, 16.0, 32.0, 64.0, 100.0, 300.0]
-    boxes.CLIP = False  # clip the boxes to the image (Caffe and MMDetection don't)
+    # What is clipped to the input: "none" (Caffe, MMDetection), "xyxy" (Caffe's clip: true), the
+    # values "cxcywh" (lufficc, amdegroot, qfgaohao, NVIDIA) or "wh" (torchvision).
+    boxes.CLIP = "none"
+    # > 0: the first level has one square of this side in place of two (TensorFlow's
+    # reduce_boxes_in_lowest_layer)
+    boxes.FIRST_SQUARE = 0.0
 
     matching = ssd.MATCHING = CN()
     matching.IOU_THRESHOLD = 0.5
@@ -67,11 +80,14 @@ def _add_model_keys(cfg: CN) -> None:
     loss.NEG_POS_RATIO = 3.0  # hard negatives per positive of an image
     loss.NEGATIVES_WITHOUT_POSITIVES = 0  # hard negatives of an image without objects
     # "image": sum over images of max(1, positives) (MMDetection);
-    # "batch": max(1, positives of the global batch) (Caffe, torchvision, lufficc).
+    # "batch": max(1, positives of the global batch) (Caffe, torchvision, lufficc);
+    # "each": every image by its own positives, then the mean over images (NVIDIA).
     loss.NORMALIZER = "image"
     loss.SMOOTH_L1_BETA = 1.0
     loss.BOX_WEIGHT = 1.0
 
+    # "softmax" with cross entropy, or "sigmoid" with binary cross entropy (TensorFlow)
+    ssd.SCORE_FUNCTION = "softmax"
     ssd.BBOX_REG_WEIGHTS = [10.0, 10.0, 5.0, 5.0]  # 1 / variances of dx, dy, dw, dh
     # Clamp of the decoded dw and dh at ln(1000/16): "both" ends (MMDetection), the "upper" one
     # (torchvision), or "none" (Caffe, lufficc).
@@ -85,7 +101,23 @@ def _add_model_keys(cfg: CN) -> None:
 
     mobilenet = cfg.MODEL.MOBILENET = CN()
     mobilenet.WIDTH_MULT = 1.0
-    mobilenet.NORM = "BN"
+    mobilenet.NORM = "BN"  # or "SyncBN" (statistics of all GPUs), "FrozenBN", …
+    mobilenet.REDUCED_TAIL = False  # V3: half the channels in the last layers (its table 6)
+    # V3: squeeze-and-excitation before the activation (lufficc) or after it (torchvision)
+    mobilenet.SQUEEZE_FIRST = False
+
+    # 1: res4 keeps the resolution of res3 (NVIDIA's SSD300-ResNet50)
+    cfg.MODEL.RESNETS.RES4_STRIDE = 2
+    # Detectron2's RegNet, which has no config keys of its own; default: RegNetX-200MF
+    # (arXiv 2003.13678).
+    regnet = cfg.MODEL.REGNET = CN()
+    regnet.DEPTH = 13
+    regnet.W_A = 36.44
+    regnet.W_0 = 24
+    regnet.W_M = 2.49
+    regnet.GROUP_WIDTH = 8
+    regnet.SE_RATIO = 0.0
+    regnet.NORM = "BN"
 
     # Of every BatchNorm in the model; torch's momentum (the weight of the new batch).
     cfg.MODEL.BATCH_NORM = CN({"EPS": 1e-5, "MOMENTUM": 0.1})
@@ -93,20 +125,34 @@ def _add_model_keys(cfg: CN) -> None:
 
 def _add_input_keys(cfg: CN) -> None:
     photo = cfg.INPUT.PHOTOMETRIC = CN({"ENABLED": True})
+    # "caffe": brightness is added, contrast and saturation (of HSV) multiply. "torchvision":
+    # brightness multiplies, contrast blends with the image's mean grey, saturation with a pixel's.
+    photo.STYLE = "caffe"
     photo.PROB = 0.5  # of each of the four operations
-    photo.BRIGHTNESS = 32.0  # added to the 0-255 values: uniform in ±BRIGHTNESS
+    # "caffe": added to the 0-255 values, uniform in ±BRIGHTNESS; "torchvision": a factor, uniform
+    # in 1 ± BRIGHTNESS (torchvision: 0.125).
+    photo.BRIGHTNESS = 32.0
     photo.CONTRAST = [0.5, 1.5]
     photo.SATURATION = [0.5, 1.5]
-    photo.HUE = 18.0  # on OpenCV's 8-bit hue, that is ±36 degrees
-    photo.SWAP_CHANNELS_PROB = 0.0  # Caffe: 0; MMDetection, lufficc: 0.5 of a random order
+    # In OpenCV's 8-bit unit of 2 degrees: 18 is ±36 degrees (Caffe). MMDetection, torchvision and
+    # lufficc have ±18 degrees, that is 9.
+    photo.HUE = 18.0
+    # Of a random order of the channels. Caffe: 0; MMDetection, torchvision, lufficc: 0.5.
+    photo.SWAP_CHANNELS_PROB = 0.0
+    # After expand, crop, resize and flip, so that the fill is distorted too (MMDetection, which
+    # distorts in float and doesn't clip; here values are uint8 and clipped). Else before them.
+    photo.LAST = False
 
     expand = cfg.INPUT.EXPAND = CN({"ENABLED": True})
     expand.PROB = 0.5
     expand.MAX_RATIO = 4.0  # side of the canvas over the image's: uniform in 1 to MAX_RATIO
 
     crop = cfg.INPUT.IOU_CROP = CN({"ENABLED": True})
-    # One of: keep the image, each of MIN_IOUS for at least one object (0: no bound).
+    # One of: keep the image, each of MIN_IOUS (0: no bound), which OBJECTS says must reach: "any"
+    # object whose centre lies in the crop (Caffe, torchvision, lufficc), or "all" objects of the
+    # image, with one centre in the crop (MMDetection).
     crop.MIN_IOUS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
+    crop.OBJECTS = "any"
     crop.SCALE = [0.3, 1.0]
     crop.ASPECT_RATIO = [0.5, 2.0]
     crop.TRIALS = 50  # per choice
@@ -123,6 +169,20 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.SOLVER.AMP.DTYPE = "bfloat16"  # or "float16" (with loss scaling, CUDA only)
     # > 0: BASE_LR is meant for this global batch and scaled linearly to IMS_PER_BATCH.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+    # > 0: MAX_ITER and STEPS follow from epochs and replace the config's own. An epoch is a pass
+    # over the training images that FILTER_EMPTY_ANNOTATIONS leaves. The rate falls at STEPS_EPOCHS.
+    # WARMUP_ITERS and the periods stay in iterations; ssd.solver has the rules.
+    cfg.SOLVER.MAX_EPOCHS = 0
+    cfg.SOLVER.STEPS_EPOCHS = []
+    # Passes in a unit, whose iterations are rounded up: MMDetection's RepeatDataset has 5. Epochs
+    # count passes all the same, as multiples of it: 120, not 24.
+    cfg.SOLVER.REPEAT_DATASET = 1
+    # The cosine of WarmupCosineLR falls at every "iteration", or is constant for a unit: "epoch"
+    # (MMDetection, torchvision; needs MAX_EPOCHS).
+    cfg.SOLVER.COSINE_STEP = "iteration"
+    # Exponential moving average of weights and buffers, which evaluations then use; decay per
+    # iteration as in YOLOX, at first less: (1 + t) / (10 + t) after t iterations (TensorFlow).
+    cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9998})
 
     cfg.TEST.EVALUATORS = ["coco"]  # "coco" (AP …) and/or "voc" (mAP, 11-point and area)
     cfg.TEST.IMS_PER_BATCH = 8  # of each process

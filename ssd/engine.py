@@ -21,10 +21,11 @@ from detectron2.engine import (
     default_setup,
 )
 from detectron2.engine import launch as launch_processes
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -32,7 +33,8 @@ from ssd.data.datasets import check_class_count
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.data.mapper import read_image
 from ssd.evaluation import build_evaluator
-from ssd.hooks import BestCheckpoint, GracefulStop
+from ssd.hooks import BestCheckpoint, GracefulStop, WeightAverage
+from ssd.solver import build_lr_scheduler, schedule_in_iterations
 
 __all__ = ["Trainer", "argument_parser", "draw_detections", "launch", "setup"]
 
@@ -126,6 +128,10 @@ class Trainer(DefaultTrainer):
     """DefaultTrainer with our loaders, checkpoints, evaluators and training step.
 
     Like every DefaultTrainer it is steered by the config; ``resume_or_load()``, then ``train()``.
+
+    Attributes:
+        cfg: the given one with the learning rate, MAX_ITER and STEPS that follow from it and from
+            the size of the training set.
     """
 
     def __init__(self, cfg):
@@ -133,8 +139,11 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         cfg = _scale_learning_rate(cfg)
         data_loader = self.build_train_loader(cfg)
+        cfg = schedule_in_iterations(cfg, data_loader.dataset.num_images)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        ema = cfg.SOLVER.EMA
+        self._average = WeightAverage(model, ema.DECAY) if ema.ENABLED else None
         # not given, Detectron2 would pass device ids, which fails on CPUs
         kwargs = {} if model.device.type == "cuda" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **kwargs)
@@ -145,10 +154,17 @@ class Trainer(DefaultTrainer):
         self.checkpointer = SSDCheckpointer(
             model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
         )
+        if self._average:
+            self.checkpointer.add_checkpointable("ema", self._average.model)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """What evaluations use: the averaged model with SOLVER.EMA, else the trained one."""
+        return self._average.model if self._average else self.model
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -156,6 +172,15 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> List[HookBase]:
         ret = super().build_hooks()
+        if self._average:  # first, for what saves and evaluates after a step
+
+            def evaluate():
+                self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+                return self._last_eval_results
+
+            period = self.cfg.TEST.EVAL_PERIOD
+            ret = [EvalHook(period, evaluate) if isinstance(x, EvalHook) else x for x in ret]
+            ret.insert(0, self._average)
         own = [GracefulStop(self.checkpointer)]
         if self.cfg.TEST.BEST_METRIC:
             _check_best_metric(self.cfg)
@@ -164,6 +189,10 @@ class Trainer(DefaultTrainer):
             own.insert(0, BestCheckpoint(period, self.checkpointer, metric))
         at = len(ret) - comm.is_main_process()  # the main process's last hook writes the metrics
         return ret[:at] + own + ret[at:]
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg):

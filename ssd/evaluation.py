@@ -44,9 +44,10 @@ def build_evaluator(
 class COCOBoxEvaluator(COCOEvaluator):
     """Detectron2's COCOEvaluator for boxes, plus ``AP50-<class>``, for any data set.
 
-    Unlike the stock class it converts a data set that isn't in COCO's format anew each time, and
-    takes JSON files whose annotations lack ``iscrowd`` (0) or ``area`` (the box's). Without any
-    detection all results are NaN, as in Detectron2.
+    Unlike the stock class it converts a data set that isn't in COCO's format anew each time, takes
+    JSON files whose annotations lack ``iscrowd`` (0) or ``area`` (the box's), and ignores
+    detections of classes that aren't among the file's categories (KEEP_IDS of
+    ``ssd.data.datasets``). Without any detection all results are NaN, as in Detectron2.
     """
 
     def __init__(self, dataset_name: str, output_folder: str):
@@ -68,6 +69,9 @@ class COCOBoxEvaluator(COCOEvaluator):
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        labels = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if coco_eval is not None and class_names and labels:
+            class_names = [class_names[labels[i]] for i in coco_eval.params.catIds]
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if coco_eval is not None and class_names:
             # (IoU, recall, class, area range, detections per image); -1: no ground truth

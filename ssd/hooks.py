@@ -1,5 +1,6 @@
-"""Hooks that Detectron2 lacks: the best checkpoint across a resume, a stop that loses nothing."""
+"""Hooks that Detectron2 lacks: averaged weights, the best checkpoint, a stop that loses nothing."""
 
+import copy
 import json
 import logging
 import math
@@ -8,14 +9,66 @@ import signal
 import threading
 from typing import Dict
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ssd.checkpoint import SSDCheckpointer
 
-__all__ = ["BestCheckpoint", "GracefulStop"]
+__all__ = ["BestCheckpoint", "GracefulStop", "WeightAverage"]
 
 logger = logging.getLogger(__name__)
+
+
+class WeightAverage(HookBase):
+    """Exponential moving average of a model's weights, updated after each step.
+
+    BatchNorm's running statistics are averaged like the weights: those of the last few batches
+    belong to the last weights, not to weights averaged over thousands of iterations. Counters are
+    copied. (torch's AveragedModel averages lists of tensors only from torch 2.1 on, and reads its
+    counter on the device.)
+
+    Attributes:
+        model: the averaged model, in evaluation mode; valid once the training has begun.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        """
+        Args:
+            model: the trained model, not wrapped for several processes. Each process averages its
+                own, with the same result.
+            decay: part of the average that stays in an iteration, at most; after t iterations it
+                is (1 + t) / (10 + t) if that is less (TensorFlow's ExponentialMovingAverage).
+
+        Raises:
+            ValueError: for a decay outside [0, 1).
+        """
+        if not 0 <= decay < 1:
+            raise ValueError(f"SOLVER.EMA.DECAY must be at least 0 and less than 1, got {decay}")
+        self.model = copy.deepcopy(model).eval()
+        self._trained, self._decay = model, decay
+        self._count = 0
+
+    def before_train(self) -> None:
+        if not self._count:  # nothing was resumed
+            self.model.load_state_dict(self._trained.state_dict())
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        decay = min(self._decay, (1 + self._count) / (10 + self._count))
+        values = self._trained.state_dict()
+        for name, average in self.model.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(values[name], 1 - decay)
+            else:
+                average.copy_(values[name])
+        self._count += 1
+
+    def state_dict(self) -> Dict:
+        return {"count": self._count}  # the weights are the checkpoint's "ema"
+
+    def load_state_dict(self, state_dict: Dict) -> None:
+        self._count = state_dict["count"]
 
 
 class BestCheckpoint(HookBase):

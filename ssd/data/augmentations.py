@@ -11,7 +11,12 @@ from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, Augmentation, RandomFlip
 from fvcore.transforms.transform import HFlipTransform, NoOpTransform, Transform, VFlipTransform
 
-from ssd.data.transforms import PhotometricTransform, PhotometricWarp, WarpTransform
+from ssd.data.transforms import (
+    PhotometricTransform,
+    PhotometricWarp,
+    TorchvisionPhotometricTransform,
+    WarpTransform,
+)
 
 __all__ = [
     "ComposedWarp",
@@ -30,24 +35,19 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> List[Augmentation]:
         return [resize]
     augmentations = []
     photo, expand, crop = cfg.INPUT.PHOTOMETRIC, cfg.INPUT.EXPAND, cfg.INPUT.IOU_CROP
-    if photo.ENABLED:
-        augmentations.append(
-            PhotometricDistortion(
-                photo.PROB,
-                photo.BRIGHTNESS,
-                photo.CONTRAST,
-                photo.SATURATION,
-                photo.HUE,
-                photo.SWAP_CHANNELS_PROB,
-                cfg.INPUT.FORMAT,
-            )
-        )
     if expand.ENABLED:
         fill = tuple(int(round(value)) for value in cfg.MODEL.PIXEL_MEAN)
         augmentations.append(Expand(expand.PROB, expand.MAX_RATIO, fill))
     if crop.ENABLED:
         augmentations.append(
-            IoUCrop(crop.MIN_IOUS, crop.SCALE, crop.ASPECT_RATIO, crop.TRIALS, crop.SAMPLER)
+            IoUCrop(
+                crop.MIN_IOUS,
+                crop.SCALE,
+                crop.ASPECT_RATIO,
+                crop.TRIALS,
+                crop.SAMPLER,
+                crop.OBJECTS,
+            )
         )
     augmentations.append(resize)
     flip = cfg.INPUT.RANDOM_FLIP
@@ -59,6 +59,18 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> List[Augmentation]:
         augmentations.append(
             RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
         )
+    if photo.ENABLED:
+        distortion = PhotometricDistortion(
+            photo.PROB,
+            photo.BRIGHTNESS,
+            photo.CONTRAST,
+            photo.SATURATION,
+            photo.HUE,
+            photo.SWAP_CHANNELS_PROB,
+            cfg.INPUT.FORMAT,
+            photo.STYLE,
+        )
+        augmentations.insert(len(augmentations) if photo.LAST else 0, distortion)
     return [ComposedWarp(augmentations)]
 
 
@@ -66,7 +78,8 @@ class PhotometricDistortion(Augmentation):
     """Draws a :class:`PhotometricTransform`: brightness, contrast, saturation and hue.
 
     Each of the four is drawn uniformly with probability ``prob``, contrast comes before or after
-    the colour operations with equal probability.
+    the colour operations with equal probability. With ``style`` "torchvision" the transform is a
+    :class:`TorchvisionPhotometricTransform`.
     """
 
     def __init__(
@@ -78,15 +91,18 @@ class PhotometricDistortion(Augmentation):
         hue: float = 18.0,
         swap_channels_prob: float = 0.0,
         image_format: str = "BGR",
+        style: str = "caffe",
     ):
         """
         Args:
             prob: of each operation.
-            brightness: in levels of 0 … 255, drawn from ±brightness.
+            brightness: in levels of 0 … 255, drawn from ±brightness; with ``style``
+                "torchvision" a factor drawn from 1 ± brightness.
             contrast, saturation: (lowest, highest) factor.
             hue: in OpenCV's 8-bit unit of 2 degrees, drawn from ±hue.
             swap_channels_prob: of a random order of the channels.
             image_format: "BGR" or "RGB".
+            style: "caffe" or "torchvision", whose formulas differ.
         """
         super().__init__()
         _check_probability("INPUT.PHOTOMETRIC.PROB", prob)
@@ -94,6 +110,15 @@ class PhotometricDistortion(Augmentation):
         _check_range("INPUT.PHOTOMETRIC.CONTRAST", contrast, 0, np.inf)
         _check_range("INPUT.PHOTOMETRIC.SATURATION", saturation, 0, np.inf)
         _check_range("INPUT.PHOTOMETRIC.BRIGHTNESS, HUE", (0, min(brightness, hue)), 0, np.inf)
+        if style not in ("caffe", "torchvision"):
+            raise ValueError(
+                f"INPUT.PHOTOMETRIC.STYLE is {style!r}, expected 'caffe' or 'torchvision'"
+            )
+        if style == "torchvision" and brightness > 1:
+            raise ValueError(
+                f"INPUT.PHOTOMETRIC.BRIGHTNESS is {brightness}, expected 0 to 1 with "
+                "INPUT.PHOTOMETRIC.STYLE 'torchvision', where it is a share (torchvision: 0.125)"
+            )
         PhotometricTransform(image_format=image_format)  # raises for other formats
         self._init(locals())
 
@@ -102,8 +127,11 @@ class PhotometricDistortion(Augmentation):
             value = np.random.uniform(low, high)
             return value if np.random.rand() < self.prob else otherwise
 
-        return PhotometricTransform(
-            brightness=draw(-self.brightness, self.brightness, 0.0),
+        torchvision = self.style == "torchvision"
+        neutral = 1.0 if torchvision else 0.0
+        transform = TorchvisionPhotometricTransform if torchvision else PhotometricTransform
+        return transform(
+            brightness=draw(neutral - self.brightness, neutral + self.brightness, neutral),
             contrast=draw(*self.contrast, 1.0),
             contrast_first=np.random.rand() < 0.5,
             saturation=draw(*self.saturation, 1.0),
@@ -160,6 +188,9 @@ class IoUCrop(Augmentation):
     whose centre lies in it reaches the minimum. So an image with objects never loses all of them.
     (Caffe also counts objects whose centre is outside, which it then drops, and so can return a
     crop without objects.) Without objects the image is kept. Crops are whole pixels.
+
+    MMDetection's ``MinIoURandomCrop`` is ``sampler`` "torchvision" and ``objects`` "all": *all*
+    objects must reach the minimum, also those that the crop drops, and one centre must lie in it.
     """
 
     def __init__(
@@ -169,6 +200,7 @@ class IoUCrop(Augmentation):
         aspect_ratio: Tuple[float, float] = (0.5, 2.0),
         trials: int = 50,
         sampler: str = "caffe",
+        objects: str = "any",
     ):
         """
         Args:
@@ -181,12 +213,15 @@ class IoUCrop(Augmentation):
                 image is kept after 50 choices (torchvision's ``RandomIoUCrop`` tries forever).
                 "caffe" draws scale s and then aspect ratio a, with sides s√a and s/√a as
                 fractions of the image's, tries all choices and takes one of those that succeeded.
+            objects: "any" or "all", which must reach the minimum.
         """
         super().__init__()
         if sampler not in ("caffe", "torchvision"):
             raise ValueError(
                 f"INPUT.IOU_CROP.SAMPLER is {sampler!r}, expected 'caffe' or 'torchvision'"
             )
+        if objects not in ("any", "all"):
+            raise ValueError(f"INPUT.IOU_CROP.OBJECTS is {objects!r}, expected 'any' or 'all'")
         if trials < 1:
             raise ValueError(f"INPUT.IOU_CROP.TRIALS is {trials}, expected at least 1")
         _check_range("INPUT.IOU_CROP.MIN_IOUS", (min(min_ious), max(min_ious)), 0, 1)
@@ -220,7 +255,7 @@ class IoUCrop(Augmentation):
             sides = np.random.uniform(*self.scale, (self.trials, 2))
             crops = _place(sides, size)
             aspect = (crops[:, 2] - crops[:, 0]) / (crops[:, 3] - crops[:, 1])
-            accepted = _best_iou(crops, boxes) >= self.min_ious[choice]
+            accepted = _reached_iou(crops, boxes, self.objects) >= self.min_ious[choice]
             accepted &= (self.aspect_ratio[0] <= aspect) & (aspect <= self.aspect_ratio[1])
             if accepted.any():
                 return crops[accepted.argmax()]
@@ -234,7 +269,7 @@ class IoUCrop(Augmentation):
         )
         sides = np.stack([scale * np.sqrt(aspect), scale / np.sqrt(aspect)], axis=1)
         crops = _place(sides, size).reshape(len(self.min_ious), self.trials, 4)
-        ious = _best_iou(crops.reshape(-1, 4), boxes).reshape(crops.shape[:2])
+        ious = _reached_iou(crops.reshape(-1, 4), boxes, self.objects).reshape(crops.shape[:2])
         accepted = ious >= np.array(self.min_ious)[:, None]
         succeeded = np.flatnonzero(accepted.any(axis=1))
         choice = np.random.randint(len(succeeded) + 1)
@@ -261,15 +296,17 @@ class ComposedWarp(Augmentation):
     """Draws a chain of augmentations and returns *one* transform, which samples the image once.
 
     Each one sees the size and boxes that those before it leave, but no pixels. They must return a
-    :class:`WarpTransform`, a horizontal or vertical flip or nothing; the first one may also be a
-    :class:`PhotometricDistortion`, which then distorts only the pixels that survive.
+    :class:`WarpTransform`, a horizontal or vertical flip or nothing. The first one may also be a
+    :class:`PhotometricDistortion`, which then distorts only the pixels that survive, or else the
+    last one, which distorts the result.
     """
 
     def __init__(self, augmentations: Sequence[Augmentation]):
         super().__init__()
-        if any(isinstance(a, PhotometricDistortion) for a in augmentations[1:]):
+        photometric = [isinstance(a, PhotometricDistortion) for a in augmentations]
+        if any(photometric[1:-1]) or sum(photometric) > 1:
             raise ValueError(
-                f"augmentations are {augmentations}, expected the photometric one first"
+                f"augmentations are {augmentations}, expected the photometric one first or last"
             )
         self._init(locals())
 
@@ -284,7 +321,8 @@ class ComposedWarp(Augmentation):
             augmentation(geometry)
         if geometry.photometric is None:
             return geometry.warp
-        return PhotometricWarp(geometry.photometric, geometry.warp)
+        last = not isinstance(self.augmentations[0], PhotometricDistortion)
+        return PhotometricWarp(geometry.photometric, geometry.warp, last)
 
 
 class _Geometry(AugInput):
@@ -325,8 +363,9 @@ def _place(sides: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     return np.concatenate([xy, xy + wh], axis=1)
 
 
-def _best_iou(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """IoU of n crops with that of M ≥ 1 boxes with a centre inside which has most; else -1."""
+def _reached_iou(crops: np.ndarray, boxes: np.ndarray, objects: str) -> np.ndarray:
+    """(n,) of n crops: the highest IoU with those of M ≥ 1 boxes whose centre lies inside, or with
+    ``objects`` "all" the lowest with all M boxes; -1 without any centre inside."""
     x0, y0, x1, y1 = crops.T[:, :, None].astype(np.float32)
     left, top, right, bottom = boxes.T[:, None].astype(np.float32)
     x, y = (left + right) / 2, (top + bottom) / 2
@@ -335,6 +374,8 @@ def _best_iou(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     height = np.minimum(y1, bottom) - np.maximum(y0, top)
     both = np.maximum(width, 0) * np.maximum(height, 0)
     iou = both / ((x1 - x0) * (y1 - y0) + (right - left) * (bottom - top) - both)
+    if objects == "all":
+        return np.where(inside.any(axis=1), iou.min(axis=1), -1)
     return np.where(inside, iou, -1).max(axis=1)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Optional, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -24,7 +24,13 @@ logger = logging.getLogger(__name__)
 
 # Keys of an entry besides FORMAT; None: must be given.
 _KEYS = {
-    "coco": {"ROOT": None, "ANNOTATIONS": None, "IMAGES": None, "CLASSES": []},
+    "coco": {
+        "ROOT": None,
+        "ANNOTATIONS": None,
+        "IMAGES": None,
+        "CLASSES": [],
+        "KEEP_IDS": False,
+    },
     "voc": {"ROOT": None, "SPLIT": None, "CLASSES": None, "USE_DIFFICULT": False},
     "shapes": {"SPLIT": None, "ROOT": "shapes"},
 }
@@ -36,13 +42,19 @@ def register_datasets(cfg: CfgNode) -> None:
 
     An entry is one of (ROOT is relative to ``$DETECTRON2_DATASETS``, by default ``datasets``)::
 
-        {FORMAT: coco, ROOT: mydata, ANNOTATIONS: train.json, IMAGES: images, CLASSES: [optional]}
+        {FORMAT: coco, ROOT: mydata, ANNOTATIONS: train.json, IMAGES: images, CLASSES: [optional],
+         KEEP_IDS: False}
         {FORMAT: voc, ROOT: bccd, SPLIT: train, CLASSES: [RBC, WBC], USE_DIFFICULT: False}
         {FORMAT: shapes, SPLIT: val, ROOT: shapes}
 
-    CLASSES of a COCO file must be its categories in the order of their ids. Objects of a VOC
-    folder that are marked difficult get ``iscrowd: 1``, unless USE_DIFFICULT: training and both
-    evaluators ignore them. ``shapes`` is rendered into ROOT at its first use (ssd.data.shapes).
+    CLASSES of a COCO file must be its categories in the order of their ids. With KEEP_IDS class i
+    is category id i + 1, and the classes are as many as the largest id: 90 for COCO, as in the
+    models of torchvision and TensorFlow. An id that isn't in the file, say 12, is a class named
+    "id 12", also in CLASSES; both evaluators ignore its detections.
+
+    Objects of a VOC folder that are marked difficult get ``iscrowd: 1``, unless USE_DIFFICULT:
+    training and both evaluators ignore them. ``shapes`` is rendered into ROOT at its first use
+    (ssd.data.shapes).
 
     An entry of the same name registered here earlier is replaced.
 
@@ -265,8 +277,11 @@ def _coco(name: str, entry: dict) -> tuple:
         _require(json_file, f"{key}.ANNOTATIONS = {entry['ANNOTATIONS']!r}")
         _require(images, f"{key}.IMAGES = {entry['IMAGES']!r}")
         metadata = MetadataCatalog.get(name)
-        metadata.__dict__.pop("thing_classes", None)  # load_coco_json sets the file's own
+        for known in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+            metadata.__dict__.pop(known, None)  # load_coco_json sets the file's own
         records = load_coco_json(json_file, images, name)
+        if entry["KEEP_IDS"]:
+            _keep_ids(records, metadata, f"{key}.KEEP_IDS")
         if entry["CLASSES"] and entry["CLASSES"] != metadata.thing_classes:
             raise ValueError(
                 f"{key}.CLASSES is {entry['CLASSES']}, but the categories of {json_file}, by id, "
@@ -280,6 +295,22 @@ def _coco(name: str, entry: dict) -> tuple:
     return load, {**metadata, **({"thing_classes": entry["CLASSES"]} if entry["CLASSES"] else {})}
 
 
+def _keep_ids(records: list[dict], metadata: Metadata, key: str) -> None:
+    """Renumbers classes that follow one another into category ids less 1, in place."""
+    ids = list(metadata.thing_dataset_id_to_contiguous_id)  # rising
+    if ids[0] < 1:
+        raise ValueError(f"{key} needs category ids from 1, {metadata.json_file} has {ids[0]}")
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] = ids[annotation["category_id"]] - 1
+    names = dict(zip(ids, metadata.thing_classes))
+    del metadata.thing_classes, metadata.thing_dataset_id_to_contiguous_id
+    metadata.set(
+        thing_classes=[names.get(i, f"id {i}") for i in range(1, ids[-1] + 1)],
+        thing_dataset_id_to_contiguous_id={i: i - 1 for i in range(1, ids[-1] + 1)},
+    )
+
+
 def _shapes(name: str, entry: dict) -> tuple:
     root, split = entry["ROOT"], entry["SPLIT"]
     if split not in SHAPES_SPLITS:
@@ -287,7 +318,8 @@ def _shapes(name: str, entry: dict) -> tuple:
             f"DATASETS.REGISTER.{name}.SPLIT is {split!r}; it must be one of {list(SHAPES_SPLITS)}"
         )
     files = {"ANNOTATIONS": f"{split}.json", "IMAGES": os.path.join(split, "images")}
-    load_coco, metadata = _coco(name, {"ROOT": root, "CLASSES": list(SHAPES_CLASSES), **files})
+    coco_entry = {"ROOT": root, "CLASSES": list(SHAPES_CLASSES), "KEEP_IDS": False, **files}
+    load_coco, metadata = _coco(name, coco_entry)
 
     def load() -> list[dict]:
         render_shapes(root, split)
@@ -321,7 +353,7 @@ def _check_entry(name: str, node: Any) -> dict:
             valid = all(isinstance(c, str) for c in value) and len(set(value)) == len(value)
             valid = valid and (value or default is not None)
             expected = "a list of different names (in quotes if YAML takes them for numbers)"
-        elif k == "USE_DIFFICULT":
+        elif k in ("USE_DIFFICULT", "KEEP_IDS"):
             valid, expected = isinstance(value, bool), "True or False"
         else:
             valid = isinstance(value, str) and value and k != "CLASSES"

@@ -31,12 +31,16 @@ class SampleStream(torch.utils.data.Dataset):
 
     The data set is shuffled anew in every epoch. Both the order and a sample's augmentation are
     drawn from (seed, number) only: not from the worker, its process or what came before.
+
+    Attributes:
+        num_images: of the data set; an endless sequence has no length.
     """
 
     def __init__(self, dataset: List[dict], mapper: Callable, seed: int):
         if not dataset:
             raise ValueError("DATASETS.TRAIN holds no image")
         self._dataset = DatasetFromList(dataset, copy=False)
+        self.num_images = len(dataset)
         self._mapper = mapper
         self._seed = seed
         self._order = (-1, None)

@@ -11,7 +11,13 @@ import cv2
 import numpy as np
 from fvcore.transforms.transform import Transform
 
-__all__ = ["PhotometricTransform", "PhotometricWarp", "WarpTransform", "centers_inside"]
+__all__ = [
+    "PhotometricTransform",
+    "PhotometricWarp",
+    "TorchvisionPhotometricTransform",
+    "WarpTransform",
+    "centers_inside",
+]
 
 _EPS = 1e-6  # pixels: what composing warps in floating point may add to an integer coordinate
 
@@ -241,8 +247,10 @@ class PhotometricTransform(Transform):
     is used, its unit of 2 degrees costs at most about 10 of 255 levels, on average under 1
     (times ``contrast``). Two differences from Caffe: there hue saturates at 0 instead of wrapping,
     and it rounds between brightness and contrast. MMDetection adds hue in degrees (half of ours)
-    and doesn't clip.
+    and distorts floating-point values, which it doesn't clip.
     """
+
+    per_pixel = True  # what becomes of a pixel depends on no other one
 
     def __init__(
         self,
@@ -288,6 +296,15 @@ class PhotometricTransform(Transform):
         """Distorts ``img``, (H, W, 3) uint8; with nothing to change it is returned itself."""
         if img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] != 3:
             raise ValueError(f"image is {img.dtype} of {img.shape}, expected uint8 of (H, W, 3)")
+        img = self._distort(img)
+        if self.channel_order != (0, 1, 2):
+            swapped = np.empty_like(img)
+            pairs = [v for pair in zip(self.channel_order, range(3)) for v in pair]
+            cv2.mixChannels([img], [swapped], pairs)
+            img = swapped
+        return img
+
+    def _distort(self, img: np.ndarray) -> np.ndarray:
         colour = self.saturation != 1 or self.hue != 0
         before = self.contrast if self.contrast_first or not colour else 1.0
         after = 1.0 if self.contrast_first or not colour else self.contrast
@@ -295,21 +312,20 @@ class PhotometricTransform(Transform):
         if self.brightness != 0 or before != 1:
             img = cv2.LUT(img, _table(np.clip(values + self.brightness, 0, 255) * before))
         if colour:
-            rgb = self.image_format == "RGB"
-            hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV if rgb else cv2.COLOR_BGR2HSV)
-            if self.hue != 0:
-                _replace_channel(hsv, 0, _table(np.round(values + self.hue) % 180))
-            if self.saturation != 1:
-                _replace_channel(hsv, 1, _table(values * self.saturation))
-            img = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if rgb else cv2.COLOR_HSV2BGR)
+            img = self._change_hsv(img, self.hue, self.saturation)
         if after != 1:
             img = cv2.LUT(img, _table(values * after))
-        if self.channel_order != (0, 1, 2):
-            swapped = np.empty_like(img)
-            pairs = [v for pair in zip(self.channel_order, range(3)) for v in pair]
-            cv2.mixChannels([img], [swapped], pairs)
-            img = swapped
         return img
+
+    def _change_hsv(self, img: np.ndarray, hue: float, saturation: float) -> np.ndarray:
+        values = np.arange(256.0)
+        rgb = self.image_format == "RGB"
+        hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV if rgb else cv2.COLOR_BGR2HSV)
+        if hue != 0:
+            _replace_channel(hsv, 0, _table(np.round(values + hue) % 180))
+        if saturation != 1:
+            _replace_channel(hsv, 1, _table(values * saturation))
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if rgb else cv2.COLOR_HSV2BGR)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords
@@ -320,19 +336,77 @@ class PhotometricTransform(Transform):
     def __repr__(self) -> str:
         names = "brightness contrast contrast_first saturation hue channel_order image_format"
         values = (f"{name}={getattr(self, name)!r}" for name in names.split())
-        return f"PhotometricTransform({', '.join(values)})"
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+class TorchvisionPhotometricTransform(PhotometricTransform):
+    """One draw of torchvision's ``RandomPhotometricDistort``; boxes stay.
+
+    Other formulas than Caffe's, for values x in 0 … 255, each step clipped and rounded::
+
+        x = x * brightness
+        x = contrast * x + (1 - contrast) * mean grey of the image       if contrast_first
+        x = saturation * x + (1 - saturation) * grey of the pixel
+        H = (H + hue) mod 180                                            H of HSV(x)
+        x = contrast * x + (1 - contrast) * mean grey of the image       if not contrast_first
+        channel i of the result = channel channel_order[i] of x
+
+    where grey is 0.299 R + 0.587 G + 0.114 B. Arguments as for :class:`PhotometricTransform`, but
+    ``brightness`` is a factor. torchvision cuts off fractions instead of rounding, and computes
+    hue in floating point.
+    """
+
+    def __init__(self, brightness: float = 1.0, *args, **kwargs):
+        super().__init__(brightness, *args, **kwargs)
+
+    @property
+    def per_pixel(self) -> bool:
+        return self.contrast == 1
+
+    def _distort(self, img: np.ndarray) -> np.ndarray:
+        grey = np.array([0.299, 0.587, 0.114])[:: 1 if self.image_format == "RGB" else -1]
+        if self.brightness != 1:
+            img = cv2.LUT(img, _table(np.arange(256.0) * self.brightness))
+        if self.contrast_first:
+            img = self._change_contrast(img, grey)
+        if self.saturation != 1:
+            # linear in the channels: a row for each channel of the result
+            img = cv2.transform(img, self.saturation * np.eye(3) + (1 - self.saturation) * grey)
+        if self.hue != 0:
+            img = self._change_hsv(img, self.hue, 1.0)
+        return img if self.contrast_first else self._change_contrast(img, grey)
+
+    def _change_contrast(self, img: np.ndarray, grey: np.ndarray) -> np.ndarray:
+        if self.contrast == 1:
+            return img
+        mean = np.dot(grey, cv2.mean(img)[:3])
+        return cv2.LUT(img, _table(mean + (np.arange(256.0) - mean) * self.contrast))
 
 
 class PhotometricWarp(Transform):
-    """``photometric`` followed by ``warp``, distorting only the pixels that the warp shows."""
+    """``photometric`` and then ``warp``, or the other way round if ``photometric_last``.
 
-    def __init__(self, photometric: PhotometricTransform, warp: WarpTransform):
+    Distorts only the pixels that the warp shows (all, if a pixel's result depends on the others)
+    or, last, those of its result, where the fill of an expanded image is distorted too.
+    """
+
+    def __init__(
+        self,
+        photometric: PhotometricTransform,
+        warp: WarpTransform,
+        photometric_last: bool = False,
+    ):
         super().__init__()
         self.photometric = photometric
         self.warp = warp
+        self.photometric_last = photometric_last
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        return self.warp.apply_image(img, self.photometric)
+        if self.photometric_last:
+            return self.photometric.apply_image(self.warp.apply_image(img))
+        if self.photometric.per_pixel:
+            return self.warp.apply_image(img, self.photometric)
+        return self.warp.apply_image(self.photometric.apply_image(img))
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return self.warp.apply_coords(coords)
@@ -341,7 +415,10 @@ class PhotometricWarp(Transform):
         return self.warp.apply_segmentation(segmentation)
 
     def __repr__(self) -> str:
-        return f"PhotometricWarp(photometric={self.photometric}, warp={self.warp})"
+        return (
+            f"PhotometricWarp(photometric={self.photometric}, warp={self.warp}, "
+            f"photometric_last={self.photometric_last})"
+        )
 
 
 def _checked_size(name: str, size: Tuple[int, int]) -> Tuple[int, int]:
