@@ -10,7 +10,10 @@ setup(
     version="0.1.0",
     description="SSD, the Single Shot MultiBox Detector, for Detectron2",
     license="Apache-2.0",
-    packages=find_packages(include=["ssd", "ssd.*"]),
+    # The labs' configs, for ssd.model_zoo: in a wheel they lie within the package.
+    packages=[*find_packages(include=["ssd", "ssd.*"]), "ssd.labs"],
+    package_dir={"ssd.labs": "labs"},
+    package_data={"ssd.labs": ["_base_/*.yaml", "*/config.yaml"]},
     python_requires=">=3.10",
     # Ranges that whichever torch is there satisfies, so that pip never brings a second one.
     install_requires=[

@@ -28,7 +28,7 @@ def main(args):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
-        model = trainer.model
+        model = trainer.evaluated_model
     if cfg.TEST.VIS_IMAGES and comm.is_main_process():
         draw_detections(cfg, model)
     return results

@@ -1,13 +1,18 @@
 import json
+import logging
 import os
 import shutil
 
 import pytest
 import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
 from ssd.engine import Trainer, argument_parser, draw_detections, launch, setup
+from ssd.hooks import WeightAverage
 
 PLAIN = (
     "INPUT.PHOTOMETRIC.ENABLED False INPUT.EXPAND.ENABLED False INPUT.IOU_CROP.ENABLED False "
@@ -25,6 +30,18 @@ class ScriptedTrainer(Trainer):
         return {"bbox": {"AP50": cls.script.pop(0)}}
 
 
+class WeighingTrainer(Trainer):
+    """A Trainer whose evaluations give the sum of the evaluated model's weights."""
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        return {"bbox": {"AP50": weigh(model.state_dict())}}
+
+
+def weigh(state):
+    return float(sum(value.double().sum() for value in state.values()))
+
+
 def train(cfg, trainer_class=Trainer, resume=False):
     seed_all_rng(cfg.SEED)
     trainer = trainer_class(cfg)
@@ -39,6 +56,22 @@ def saved(cfg):
 
 def checkpoint(cfg, name):
     return torch.load(os.path.join(cfg.OUTPUT_DIR, name), weights_only=True)
+
+
+def assert_equal(a, b, where=""):
+    """Compares nested dictionaries and lists of tensors and values bit by bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
 
 
 @pytest.mark.parametrize("max_iter", [1, 2])  # the last iteration, or one before it
@@ -211,3 +244,214 @@ def test_overfits_four_images_and_draws_them(tiny_cfg, datasets_folder, tmp_path
     paths = draw_detections(cfg, trainer.model)
     assert len(paths) == 2 and all(os.path.getsize(path) > 1000 for path in paths)
     assert os.path.dirname(paths[0]) == os.path.join(cfg.OUTPUT_DIR, "detections", "shapes_val")
+
+
+def test_schedule_in_epochs_follows_from_the_real_size_of_the_data_set(tiny_cfg, register):
+    box = {"bbox": [1, 1, 50, 50], "bbox_mode": 0, "category_id": 0}
+    dicts = [
+        {"file_name": f"{i}.jpg", "height": 96, "width": 96, "image_id": i, "annotations": [box]}
+        for i in range(9)
+    ]
+    dicts += [{**dicts[0], "image_id": i, "annotations": []} for i in range(9, 14)]
+    name = register(dicts, ["cat"])
+
+    def trainer(*opts):
+        keys = ["DATASETS.TRAIN", (name,), "DATASETS.TEST", (name,), "MODEL.SSD.NUM_CLASSES", 1]
+        return Trainer(tiny_cfg(*keys, "SOLVER.IMS_PER_BATCH", 4, *opts))
+
+    epochs = ["SOLVER.MAX_EPOCHS", 6, "SOLVER.STEPS_EPOCHS", [4]]
+    empty = ["DATALOADER.FILTER_EMPTY_ANNOTATIONS"]
+    found = trainer(*epochs, *empty, True)
+    assert (found.max_iter, found.cfg.SOLVER.STEPS) == (6 * 3, (4 * 3,))
+    found = trainer(*epochs, *empty, False)
+    assert (found.max_iter, found.cfg.SOLVER.STEPS) == (6 * 4, (4 * 4,))
+    found = trainer(*epochs, *empty, False, "SOLVER.REPEAT_DATASET", 2)
+    assert (found.max_iter, found.cfg.SOLVER.STEPS) == (3 * 7, (2 * 7,))
+    assert trainer("SOLVER.MAX_ITER", 5).max_iter == 5
+
+
+def test_training_in_epochs_uses_their_rates(tiny_cfg):
+    opts = "SOLVER.MAX_EPOCHS 3 SOLVER.COSINE_STEP epoch SOLVER.IMS_PER_BATCH 8"
+    cfg = tiny_cfg(*opts.split(), "SOLVER.BASE_LR", 0.04)
+    rates = []
+
+    class RecordingTrainer(ScriptedTrainer):
+        def run_step(self):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            super().run_step()
+
+    ScriptedTrainer.script = [0.0]
+    train(cfg, RecordingTrainer)
+    assert rates == pytest.approx([0.04, 0.04, 0.03, 0.03, 0.01, 0.01])
+
+
+def test_averages_computed_by_hand():
+    model = torch.nn.BatchNorm1d(1)
+    average = WeightAverage(model, decay=0.2)
+    model.weight.data.fill_(8.0)  # loaded weights: the average begins with them
+    average.before_train()
+    assert not average.model.training and average.model.weight.item() == 8
+    # decay 0.1, 2 / 11, then 0.2 (not 3 / 12)
+    for value, expected in ((18.0, 17.0), (28.0, 26.0), (6.0, 10.0)):
+        model.weight.data.fill_(value)
+        model.running_var.fill_(value - 7)  # 1 in the beginning
+        model.num_batches_tracked += 1
+        average.after_step()
+        assert average.model.weight.item() == pytest.approx(expected, abs=1e-5)
+        assert average.model.running_var.item() == pytest.approx(expected - 7, abs=1e-5)
+    assert average.model.num_batches_tracked == 3 and average.model.bias == 0
+
+    resumed = WeightAverage(model, decay=0.2)
+    resumed.model.load_state_dict(average.model.state_dict())
+    resumed.load_state_dict(average.state_dict())
+    resumed.before_train()
+    assert resumed.model.weight.item() == pytest.approx(10, abs=1e-5)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match="SOLVER.EMA.DECAY must be .* got"):
+        WeightAverage(torch.nn.Linear(1, 1), decay)
+
+
+def test_resumed_run_has_the_same_averages(tiny_cfg):
+    opts = "SOLVER.EMA.ENABLED True SOLVER.AMP.ENABLED True SOLVER.CHECKPOINT_PERIOD 2"
+    cfg = tiny_cfg(*opts.split(), "SOLVER.MAX_EPOCHS", 1)  # 4 iterations
+    train(cfg, WeighingTrainer)
+    whole, middle = checkpoint(cfg, "model_final.pth"), checkpoint(cfg, "model_0000001.pth")
+    assert weigh(middle["ema"]) != weigh(whole["ema"]) != weigh(whole["model"])
+    kinds = {name: (value.dtype, value.shape) for name, value in whole["model"].items()}
+    assert kinds == {name: (value.dtype, value.shape) for name, value in whole["ema"].items()}
+
+    with open(f"{cfg.OUTPUT_DIR}/last_checkpoint", "w") as file:
+        file.write("model_0000001.pth")
+    trainer = train(cfg, WeighingTrainer, resume=True)
+    assert trainer.start_iter == 2
+    resumed = checkpoint(cfg, "model_final.pth")
+    assert resumed.keys() == whole.keys() >= {"model", "ema", "trainer"}
+    assert_equal(resumed, whole)
+
+
+def test_averaging_can_begin_at_a_resume(tiny_cfg):
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 1)
+    train(cfg, WeighingTrainer)
+    trained = checkpoint(cfg, "model_final.pth")
+    assert "ema" not in trained
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 1, "SOLVER.EMA.ENABLED", True)
+    trainer = train(cfg, WeighingTrainer, resume=True)  # nothing is left to do
+    assert_equal(dict(trainer.evaluated_model.state_dict()), dict(trained["model"]))
+
+
+def test_evaluations_and_the_best_checkpoint_are_of_the_averaged_weights(tiny_cfg):
+    opts = "SOLVER.EMA.ENABLED True SOLVER.MAX_ITER 3 SOLVER.CHECKPOINT_PERIOD 1"
+    opts += " TEST.EVAL_PERIOD 1 TEST.BEST_METRIC bbox/AP50"
+    cfg = tiny_cfg(*opts.split())
+    trainer = train(cfg, WeighingTrainer)
+    files = [checkpoint(cfg, f"model_000000{i}.pth") for i in range(3)]
+    weights = [weigh(file["ema"]) for file in files]
+    assert len({*weights, *(weigh(file["model"]) for file in files)}) == 6
+    assert weigh(trainer.evaluated_model.state_dict()) == weights[2]
+    assert trainer._last_eval_results["bbox"]["AP50"] == weights[2]
+    with open(f"{cfg.OUTPUT_DIR}/model_best.json") as file:
+        best = json.load(file)
+    assert best["value"] == max(weights) and best["iteration"] == weights.index(max(weights))
+    assert_equal(checkpoint(cfg, "model_best.pth")["ema"], files[best["iteration"]]["ema"])
+
+
+@pytest.mark.parametrize("saved_with, enabled, key, message", [
+    (True, True, "ema", "averaged weights (SOLVER.EMA)"),
+    (True, False, "model", ""),
+    (False, True, "model", "There are no averaged weights (SOLVER.EMA)"),
+])  # fmt: skip
+def test_evaluation_of_a_file_takes_its_averaged_weights(
+    tiny_cfg, caplog, saved_with, enabled, key, message
+):
+    cfg = tiny_cfg("SOLVER.EMA.ENABLED", saved_with, "SOLVER.MAX_ITER", 1)
+    train(cfg, WeighingTrainer)
+    cfg = tiny_cfg("SOLVER.EMA.ENABLED", enabled)
+    model = Trainer.build_model(cfg)
+    path = f"{cfg.OUTPUT_DIR}/model_final.pth"
+    with caplog.at_level(logging.INFO, logger="ssd"):
+        SSDCheckpointer(model, cfg=cfg, strict=True).load(path)
+    assert_equal(dict(model.state_dict()), dict(checkpoint(cfg, "model_final.pth")[key]))
+    assert message in caplog.text
+    assert ("averaged" in caplog.text) == enabled
+
+    SSDCheckpointer(model, cfg=cfg).load(path)  # a training begins with the trained weights
+    assert_equal(dict(model.state_dict()), dict(checkpoint(cfg, "model_final.pth")["model"]))
+
+
+def norm_opts(norm):
+    opts = f"MODEL.MOBILENET.NORM {norm} MODEL.SSD.NORM {norm} MODEL.SSD.CHANNELS_LAST False"
+    return f"{opts} SOLVER.BASE_LR 0.003".split()
+
+
+def _train_part(rank, folder, lab, opts):
+    init = f"file://{folder}/init"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    torch.set_num_threads(1)
+    train(load_config(lab, opts), WeighingTrainer)
+
+
+def test_synchronised_batch_norm_of_two_processes_equals_batch_norm_of_one(
+    repo, tiny_cfg, tiny_opts, tmp_path
+):
+    cfg = tiny_cfg(*norm_opts("BN"), "SOLVER.MAX_ITER", 1)
+    opts = [*tiny_opts, *norm_opts("naiveSyncBN"), "SOLVER.MAX_ITER", 1]
+    opts += ["OUTPUT_DIR", str(tmp_path / "two")]
+    lab = str(repo / "labs" / "quickstart" / "config.yaml")
+    torch.multiprocessing.spawn(_train_part, (str(tmp_path), lab, opts), nprocs=2)
+    two = torch.load(tmp_path / "two" / "model_final.pth", weights_only=True)["model"]
+
+    counts = {}  # the values per channel over which each layer normalises
+
+    class CountingTrainer(WeighingTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            model = super().build_model(cfg)
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.register_forward_hook(
+                        lambda module, inputs, output, name=name: counts.update(
+                            {name: output.numel() // module.num_features}
+                        )
+                    )
+            return model
+
+    trainer = train(cfg, CountingTrainer)
+    assert len(counts) > 50
+    weights = trainer.model.state_dict()
+    seed_all_rng(cfg.SEED)
+    before = Trainer.build_model(cfg).state_dict()
+    assert max(float((before[key] - weights[key]).abs().max()) for key in weights) > 0.01
+    keep = 1 - cfg.MODEL.BATCH_NORM.MOMENTUM
+    for key, value in weights.items():
+        layer, _, leaf = key.rpartition(".")
+        if leaf == "num_batches_tracked":
+            continue  # naiveSyncBN doesn't count
+        if leaf == "running_var":  # naiveSyncBN's is of the biased variance, torch's unbiased
+            value = keep + (value - keep) * (1 - 1 / counts[layer])
+        torch.testing.assert_close(
+            two[key], value, rtol=1e-4, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_frozen_batch_norm_trains_with_unchanged_statistics(tiny_cfg):
+    cfg = tiny_cfg(*norm_opts("FrozenBN"), "SOLVER.MAX_ITER", 2)
+    seed_all_rng(cfg.SEED)
+    trainer = WeighingTrainer(cfg)
+    frozen = {
+        name: {key: value.clone() for key, value in module.named_buffers()}
+        for name, module in trainer.model.named_modules()
+        if isinstance(module, FrozenBatchNorm2d)
+    }
+    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    modules = dict(trainer.model.named_modules())
+    assert len(frozen) > 50
+    for name, buffers in frozen.items():
+        assert_equal(dict(modules[name].named_buffers()), buffers, name)
+    assert not any(isinstance(x, torch.nn.BatchNorm2d) for x in modules.values())
+    for name, value in trainer.model.backbone.named_parameters(prefix="backbone"):
+        assert not torch.equal(value, weights[name]), name

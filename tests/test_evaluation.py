@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
 from ssd.config import add_ssd_config
+from ssd.data.datasets import register_datasets
 from ssd.evaluation import COCOBoxEvaluator, VOCEvaluator, build_evaluator
 
 NAME = "t_evaluation"
@@ -229,6 +230,48 @@ def test_coco_file_without_optional_keys(tmp_path):
     evaluator = COCOBoxEvaluator(NAME, str(tmp_path))  # before anything has read the data set
     assert detect(evaluator, [[(A, 0, 0.5)]])["bbox"]["AP50-cat"] == pytest.approx(100)
     assert detect(VOCEvaluator(NAME), [[(A, 0, 0.5)]])["voc"]["mAP"] == pytest.approx(100)
+
+
+def test_ids_of_the_file_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    boxes = {7: A, 3: B, 1: C}  # by category id; 2, 4, 5 and 6 are unused
+    names = {7: "dog", 3: "cat", 1: "ox"}
+    annotations = [
+        {"id": i, "image_id": "id0", "category_id": i, "bbox": xywh(box)}
+        for i, box in boxes.items()
+    ]
+    data = {
+        "images": [{"id": "id0", "file_name": "0.jpg", "height": 100, "width": 100}],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    (tmp_path / "0.jpg").touch()
+    cfg = get_cfg()
+    add_ssd_config(cfg)
+    entry = {"FORMAT": "coco", "ROOT": ".", "ANNOTATIONS": "a.json", "IMAGES": "."}
+    cfg.DATASETS.REGISTER[NAME] = CfgNode({**entry, "KEEP_IDS": True})
+    register_datasets(cfg)
+
+    perfect = [(box, i - 1, 0.5) for i, box in boxes.items()]
+    unused = [(FAR, 1, 0.9), (A, 5, 0.8)]
+    for found, ap_of_cat in ((perfect + unused, 100), (perfect[:1] + perfect[2:] + unused, 0)):
+        coco = detect(COCOBoxEvaluator(NAME, str(tmp_path)), [found])["bbox"]
+        voc = detect(VOCEvaluator(NAME), [found])["voc"]
+        assert coco["AP"] == pytest.approx((200 + ap_of_cat) / 3)
+        assert voc["mAP"] == pytest.approx((200 + ap_of_cat) / 3)
+        for results, prefix in ((coco, "AP-"), (coco, "AP50-"), (voc, "AP-")):
+            aps = {name: results[prefix + name] for name in names.values()}
+            assert aps == pytest.approx({"ox": 100, "cat": ap_of_cat, "dog": 100})
+        assert sum(key.startswith("AP-") for key in coco) == 3
+        assert np.isnan(voc["AP-id 2"])
+    assert detect(COCOBoxEvaluator(NAME, str(tmp_path)), [unused])["bbox"]["AP"] == 0
+    saved = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [result["category_id"] for result in saved] == [2, 6]  # the file's numbers
+
+
+def xywh(box):
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
 def test_difficult_of_detectron2s_own_voc(tmp_path):

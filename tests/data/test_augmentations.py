@@ -19,6 +19,7 @@ from ssd.data.augmentations import (
 from ssd.data.transforms import (
     PhotometricTransform,
     PhotometricWarp,
+    TorchvisionPhotometricTransform,
     WarpTransform,
     centers_inside,
 )
@@ -94,8 +95,31 @@ def test_photometric_draws():
     orders = [t.channel_order for t in draws]
     assert len(set(orders)) == 6
     assert abs(np.mean([o != (0, 1, 2) for o in orders]) - 0.25 * 5 / 6) < 0.03
-    identity = PhotometricDistortion(prob=0).get_transform(IMAGE)
-    assert np.array_equal(identity.apply_image(IMAGE), IMAGE)
+    for style in ("caffe", "torchvision"):
+        identity = PhotometricDistortion(0, 0.1, style=style).get_transform(IMAGE)
+        assert np.array_equal(identity.apply_image(IMAGE), IMAGE)
+
+
+def test_photometric_draws_match_torchvision():
+    augmentation = PhotometricDistortion(
+        brightness=0.125, hue=9, swap_channels_prob=0.5, style="torchvision"
+    )
+    reference = v2.RandomPhotometricDistort()
+    inputs = [torch.zeros(3, 2, 2, dtype=torch.uint8)]
+    ours, theirs = [], []
+    for _ in range(3000):
+        t = augmentation.get_transform(IMAGE)
+        assert type(t) is TorchvisionPhotometricTransform
+        swapped = t.channel_order != (0, 1, 2)
+        ours.append((t.brightness, t.contrast, t.saturation, t.hue / 180, swapped))
+        ours[-1] += (t.contrast != 1 and t.contrast_first,)
+        p = reference.make_params(inputs)
+        order = p["channel_permutation"]
+        swapped = order is not None and order.tolist() != [0, 1, 2]
+        factors = [p[k] or 1 for k in ("brightness_factor", "contrast_factor", "saturation_factor")]
+        theirs.append((*factors, p["hue_factor"] or 0, swapped))
+        theirs[-1] += (p["contrast_factor"] is not None and p["contrast_before"],)
+    assert_same_distribution(ours, theirs)
 
 
 # ---------------------------------------------------------------------------- expand
@@ -138,11 +162,13 @@ def test_expand_puts_the_image_and_its_boxes_on_the_mean():
 # ---------------------------------------------------------------------------- crop
 
 
-@pytest.mark.parametrize("min_iou", [0.0, 0.1, 0.3, 0.5, 0.7])
-def test_crop_matches_torchvision(min_iou):
-    boxes = CROWD if min_iou < 0.5 else np.concatenate([CROWD, LARGE])
-    augmentation = IoUCrop((min_iou,), (0.3, 1.0), (0.5, 2.0), 5, "torchvision")
-    reference = v2.RandomIoUCrop(sampler_options=[min_iou, 1.0], trials=5)
+@pytest.mark.parametrize(
+    "min_ious", [(0.0,), (0.1,), (0.3,), (0.5,), (0.7,), (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)]
+)
+def test_crop_matches_torchvision(min_ious):
+    boxes = CROWD if max(min_ious) < 0.5 else np.concatenate([CROWD, LARGE])
+    augmentation = IoUCrop(min_ious, (0.3, 1.0), (0.5, 2.0), 5, "torchvision")
+    reference = v2.RandomIoUCrop(sampler_options=[*min_ious, 1.0], trials=5)
     inputs = torchvision_input(boxes)
     count = 1000
     ours = draw_crops(augmentation, boxes, count)
@@ -179,6 +205,49 @@ def test_crop_accepts_if_any_object_reaches_the_iou(sampler, min_iou):
     worst = [box_iou(crop, CROWD).min() for crop in taken]
     assert min_iou == 0 or min(worst) < min_iou
     assert min(survivors(crop, CROWD).sum() for crop in taken) < len(CROWD)
+
+
+def plain_mmdet_crop(min_iou, boxes):
+    """MMDetection's rule with 5 trials, straight from its definition; None if none succeeds."""
+    for _ in range(5):
+        w, h = np.random.uniform(0.3, 1) * WIDTH, np.random.uniform(0.3, 1) * HEIGHT
+        if not 0.5 <= h / w <= 2:
+            continue
+        x, y = np.random.uniform(0, WIDTH - w), np.random.uniform(0, HEIGHT - h)
+        crop = np.array([x, y, x + w, y + h]).astype(int)
+        if box_iou(crop, boxes).min() >= min_iou and survivors(crop, boxes).any():
+            return crop
+    return None
+
+
+@pytest.mark.parametrize("min_iou", [0.0, 0.1, 0.3])
+def test_crop_of_mmdetection(min_iou):
+    boxes = np.array([[10, 8, 120, 80], [90, 10, 158, 110]], np.float32)
+    crop = IoUCrop((min_iou,), trials=5, sampler="torchvision", objects="all")
+    # a choice that fails is drawn again
+    ours = draw_crops(crop, boxes, 2000)
+    theirs = []
+    while len(theirs) < 2000:
+        keep = np.random.rand() < 0.5
+        drawn = None if keep else plain_mmdet_crop(min_iou, boxes)
+        if keep or drawn is not None:
+            theirs.append(drawn)
+    shares = [np.mean([c is None for c in crops]) for crops in (ours, theirs)]
+    assert abs(shares[0] - shares[1]) < 4 * np.sqrt(0.5 / 2000)
+    ours, theirs = (np.array([c for c in crops if c is not None]) for crops in (ours, theirs))
+    wh = [crops[:, 2:] - crops[:, :2] for crops in (ours, theirs)]
+    # MMDetection cuts corners to whole pixels, here the size: up to a pixel apart
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 3
+    assert np.abs(wh[0].mean(0) - wh[1].mean(0)).max() < 3
+    alive = [np.mean([survivors(c, boxes).all() for c in crops]) for crops in (ours, theirs)]
+    assert abs(alive[0] - alive[1]) < 0.06 and alive[0] < 1  # objects that are dropped count too
+    assert min(box_iou(c, boxes).min() for c in ours) >= min_iou - 1e-6
+
+
+@pytest.mark.parametrize("sampler", ["caffe", "torchvision"])
+def test_crop_of_a_crowd_that_asks_all_objects(sampler):
+    crops = draw_crops(IoUCrop((0.1,), sampler=sampler, objects="all"), CROWD, 100)
+    assert set(crops) == {None}
 
 
 def test_caffe_scale_and_aspect():
@@ -257,6 +326,17 @@ def test_composed_warp_is_the_chain(flip):
     assert len(outcomes) == 2
 
 
+def test_photometric_first_or_last():
+    photometric, rest = PhotometricDistortion(), [Expand(1.0, 4.0, (90, 90, 90)), Resize((60, 80))]
+    for chain, last in (([photometric, *rest], False), ([*rest, photometric], True)):
+        filled = set()
+        for _ in range(20):
+            transform = ComposedWarp(chain).get_transform(IMAGE, None)
+            assert transform.photometric_last is last
+            filled.add(tuple(transform.apply_image(IMAGE)[[0, -1], [-1, 0]].ravel()))
+        assert ({(90,) * 6} == filled) is not last
+
+
 def test_build_augmentations_reads_the_config():
     cfg = get_cfg()
     add_ssd_config(cfg)
@@ -279,6 +359,16 @@ def test_build_augmentations_reads_the_config():
         assert aug_input.boxes.shape == CROWD.shape
         seen.add(transform.warp.region)
     assert len(seen) > 30
+
+    cfg.INPUT.PHOTOMETRIC.LAST = True
+    cfg.INPUT.PHOTOMETRIC.STYLE, cfg.INPUT.PHOTOMETRIC.BRIGHTNESS = "torchvision", 0.125
+    cfg.INPUT.IOU_CROP.OBJECTS = "all"
+    (train,) = build_augmentations(cfg, is_train=True)
+    expand, crop, resize, flip, photometric = train.augmentations
+    assert crop.objects == "all" and photometric.style == "torchvision"
+    transform = train.get_transform(IMAGE, CROWD)
+    assert type(transform.photometric) is TorchvisionPhotometricTransform
+    assert transform.photometric_last
 
     for key in ("PHOTOMETRIC", "EXPAND", "IOU_CROP"):
         cfg.INPUT[key].ENABLED = False
@@ -306,6 +396,12 @@ def test_everything_drawn_comes_from_the_seed():
 def test_errors_name_the_config_key():
     for build, key in (
         (lambda: IoUCrop(sampler="mmdet"), "'mmdet'"),
+        (lambda: IoUCrop(objects="some"), "INPUT.IOU_CROP.OBJECTS is 'some'"),
+        (lambda: PhotometricDistortion(style="tv"), "INPUT.PHOTOMETRIC.STYLE is 'tv'"),
+        (
+            lambda: PhotometricDistortion(brightness=32, style="torchvision"),
+            "INPUT.PHOTOMETRIC.BRIGHTNESS is 32, expected 0 to 1",
+        ),
         (lambda: IoUCrop(trials=0), "INPUT.IOU_CROP.TRIALS is 0"),
         (lambda: IoUCrop(scale=(0.5, 1.5)), "INPUT.IOU_CROP.SCALE"),
         (lambda: IoUCrop(aspect_ratio=(1.2, 2)), "INPUT.IOU_CROP.ASPECT_RATIO"),
@@ -316,7 +412,11 @@ def test_errors_name_the_config_key():
         (lambda: PhotometricDistortion(hue=-1), "INPUT.PHOTOMETRIC"),
         (lambda: PhotometricDistortion(image_format="L"), "INPUT.FORMAT"),
         (lambda: Resize((0, 8)), "MODEL.SSD.INPUT_SIZE"),
-        (lambda: ComposedWarp([Resize((8, 8)), PhotometricDistortion()]), "photometric one first"),
+        (
+            lambda: ComposedWarp([Resize((8, 8)), PhotometricDistortion(), Resize((8, 8))]),
+            "photometric one first or last",
+        ),
+        (lambda: ComposedWarp([PhotometricDistortion()] * 2), "photometric one first or last"),
     ):
         with pytest.raises(ValueError, match=key):
             build()

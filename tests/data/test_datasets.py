@@ -175,6 +175,29 @@ def test_coco(tmp_path):
         assert MetadataCatalog.get(name).thing_classes == ["cat", "dog"]
 
 
+def test_coco_keeps_ids(tmp_path):
+    write_coco(tmp_path / "c", [(7, "dog"), (3, "cat"), (1, "ox")])
+    names = ["ox", "id 2", "cat", "id 4", "id 5", "id 6", "dog"]
+    entries = {"t_ids": {**COCO, "KEEP_IDS": True}}
+    entries["t_named"] = {**entries["t_ids"], "CLASSES": names}
+    entries["t_wrong"] = {**entries["t_ids"], "CLASSES": ["ox", "cat", "dog"]}
+    register_datasets(make_cfg(entries))
+    for name in ("t_ids", "t_named", "t_ids"):
+        (record,) = DatasetCatalog.get(name)
+        assert record["annotations"][0]["category_id"] == 6
+        metadata = MetadataCatalog.get(name)
+        assert metadata.thing_classes == names
+        assert metadata.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(7)}
+    check_class_count(make_cfg(entries, ["t_ids"], ["t_named"], 7))
+    with pytest.raises(ValueError, match="'t_wrong' has 3 classes .*NUM_CLASSES is 7"):
+        check_class_count(make_cfg(entries, ["t_wrong"], [], 7))
+    with pytest.raises(ValueError, match="t_wrong.CLASSES is .*by id, are .*'ox', 'id 2', 'cat'"):
+        DatasetCatalog.get("t_wrong")
+    write_coco(tmp_path / "c", [(0, "ox"), (7, "dog")])
+    with pytest.raises(ValueError, match="t_ids.KEEP_IDS needs category ids from 1, .* has 0"):
+        DatasetCatalog.get("t_ids")
+
+
 def test_coco_errors(tmp_path):
     entry = {**COCO, "CLASSES": ["dog", "cat"]}
     register_datasets(make_cfg({"t_coco": entry}))
@@ -236,6 +259,7 @@ def test_the_datasets_folder_is_followed(monkeypatch):
         ("x", {**VOC, "CLASSES": ["a", "a"]}, r"x.CLASSES is \['a', 'a'\]"),
         ("x", {**VOC, "CLASSES": "cat"}, r"x.CLASSES is 'cat'; .* a list of class names"),
         ("x", {**VOC, "USE_DIFFICULT": 1}, r"x.USE_DIFFICULT is 1; .* True or False"),
+        ("x", {**COCO, "KEEP_IDS": "yes"}, r"x.KEEP_IDS is 'yes'; .* True or False"),
         ("x", {"FORMAT": "shapes", "SPLIT": "test"}, r"x.SPLIT is 'test'.*'train', 'val'"),
         ("coco_2017_val", VOC, r"REGISTER.coco_2017_val: .*registered by Detectron2"),
     ],

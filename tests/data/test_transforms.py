@@ -3,10 +3,13 @@ import pickle
 import cv2
 import numpy as np
 import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
 
 from ssd.data.transforms import (
     PhotometricTransform,
     PhotometricWarp,
+    TorchvisionPhotometricTransform,
     WarpTransform,
     centers_inside,
 )
@@ -177,9 +180,12 @@ def test_segmentation():
 
 def test_nothing_in_a_transform_is_random_and_repr_is_complete():
     image = textured()
-    photometric = PhotometricTransform(12.3, 1.2, False, 0.8, -7.5, (2, 0, 1), "RGB")
+    arguments = (1.2, False, 0.8, -7.5, (2, 0, 1), "RGB")
+    photometric = PhotometricTransform(12.3, *arguments)
+    blending = TorchvisionPhotometricTransform(1.1, *arguments)
     warp = WarpTransform((-20, 10, 60, 50.5), (80, 40), (HEIGHT, WIDTH), FILL, 3)
-    for transform in (photometric, warp, PhotometricWarp(photometric, warp)):
+    last = PhotometricWarp(photometric, warp, photometric_last=True)
+    for transform in (photometric, blending, warp, PhotometricWarp(blending, warp), last):
         before = image.copy()
         first = transform.apply_image(image)
         assert np.array_equal(first, transform.apply_image(image))
@@ -278,6 +284,56 @@ def test_photometric_follows_the_float_formula(change, bound, mean_bound, image_
         assert error.max() <= bound + 1e-6 and error.mean() <= mean_bound + 1e-6
 
 
+def torchvision_distort(image, brightness, contrast, contrast_first, saturation, hue, order, rgb):
+    x = torch.from_numpy(np.ascontiguousarray(image if rgb else image[..., ::-1])).permute(2, 0, 1)
+    x = F.adjust_brightness(x, brightness)
+    if contrast_first:
+        x = F.adjust_contrast(x, contrast)
+    x = F.adjust_saturation(x, saturation)
+    if hue:
+        x = F.adjust_hue(x, hue / 180)
+    if not contrast_first:
+        x = F.adjust_contrast(x, contrast)
+    x = x.permute(1, 2, 0).numpy()
+    return (x if rgb else x[..., ::-1])[..., list(order)]
+
+
+@pytest.mark.parametrize(
+    "change, bound, mean_bound",
+    [
+        # one step: torchvision cuts the fraction off where we round
+        (dict(), 0, 0),
+        (dict(brightness=0.88), 1, 1),
+        (dict(brightness=1.12), 1, 1),
+        (dict(contrast=0.51), 1, 1),
+        (dict(contrast=1.49, contrast_first=False), 1, 1),
+        (dict(saturation=0.5), 1, 1),
+        (dict(saturation=1.5), 1, 1),
+        (dict(channel_order=(2, 0, 1)), 0, 0),
+        # steps multiply what those before them cut off; hue has units of 2 degrees
+        (dict(brightness=1.1, contrast=1.4, saturation=0.6, channel_order=(1, 2, 0)), 4, 1.7),
+        (dict(brightness=0.9, contrast=0.7, contrast_first=False, saturation=1.4), 4, 1.7),
+        (dict(hue=8.8), 8, 1),
+        (dict(hue=-9), 8, 1),
+        (dict(brightness=1.1, contrast=1.3, saturation=1.4, hue=5.3), 14, 1.7),
+        (dict(brightness=0.9, contrast=1.3, contrast_first=False, saturation=0.7, hue=-5), 14, 1.7),
+    ],
+)
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_torchvision_style_equals_torchvision(
+    change, bound, mean_bound, image_format, datasets_folder
+):
+    full = dict(brightness=1, contrast=1, contrast_first=True, saturation=1, hue=0)
+    full.update(channel_order=(0, 1, 2))
+    full.update(change)
+    shapes = cv2.imread(str(next((datasets_folder / "shapes/val/images").iterdir())))
+    for image in (textured(), shapes):
+        transform = TorchvisionPhotometricTransform(**full, image_format=image_format)
+        expected = torchvision_distort(image, *full.values(), image_format == "RGB")
+        error = np.abs(transform.apply_image(image).astype(int) - expected)
+        assert error.max() <= bound and error.mean() <= mean_bound
+
+
 def test_photometric_leaves_geometry():
     photometric = PhotometricTransform(brightness=10)
     boxes = np.array([[1.0, 2, 3, 4]])
@@ -292,6 +348,9 @@ def test_photometric_leaves_geometry():
         (PhotometricTransform(20, 1.3), 0),
         # OpenCV's conversion to HSV rounds otherwise for the last pixels of a row
         (PhotometricTransform(20, 1.3, False, 1.4, 9.3), 4),
+        (TorchvisionPhotometricTransform(1.1, saturation=1.4), 0),
+        # the mean grey is that of the whole image, not that of the region
+        (TorchvisionPhotometricTransform(1.1, 0.5), 0),
     ],
 )
 def test_photometric_warp_equals_its_two_steps(photometric, bound):
@@ -305,6 +364,20 @@ def test_photometric_warp_equals_its_two_steps(photometric, bound):
         assert np.array_equal(both.apply_box(boxes), warp.apply_box(boxes))
         labels = image[:, :, 0]
         assert np.array_equal(both.apply_segmentation(labels), warp.apply_segmentation(labels))
+
+
+def test_photometric_last_distorts_the_result_with_its_fill():
+    image = textured()
+    photometric = PhotometricTransform(20, 1.3, False, 1.4, 9.3)
+    for chain in CHAINS:
+        warp = one_warp(image, *chain, True)
+        both = PhotometricWarp(photometric, warp, photometric_last=True)
+        expected = photometric.apply_image(warp.apply_image(image))
+        assert np.array_equal(both.apply_image(image), expected)
+        boxes = np.array([[3.0, 4, 50, 60]])
+        assert np.array_equal(both.apply_box(boxes), warp.apply_box(boxes))
+    assert np.array_equal(expected[-1, 0], photometric.apply_image(np.uint8([[FILL]]))[0, 0])
+    assert not np.array_equal(expected[-1, 0], FILL)
 
 
 def test_photometric_errors():
