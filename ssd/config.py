@@ -98,6 +98,9 @@ def _add_model_keys(cfg: CN) -> None:
     ssd.TOPK_CANDIDATES_TEST = 1000
     ssd.TOPK_PER = "level"
     ssd.NMS_THRESH_TEST = 0.45
+    # Detections are clipped to the image "before_nms" (MMDetection, torchvision) or "after_nms",
+    # where those outside it compete for DETECTIONS_PER_IMAGE (Caffe).
+    ssd.CLIP_TEST = "before_nms"
 
     mobilenet = cfg.MODEL.MOBILENET = CN()
     mobilenet.WIDTH_MULT = 1.0

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Tuple
 from urllib.parse import urlparse
 
 from detectron2.config import CfgNode
@@ -35,6 +35,7 @@ class _Weights(NamedTuple):
     sha256: Optional[str]  # its first digits, which the file's name carries; None: unknown
     lineage: str  # whose code trained them
     result: str  # as published
+    opts: Tuple = ()  # KEY, VALUE, …: where their definition differs from the lab's
 
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/ssd/"
@@ -69,9 +70,13 @@ _PUBLISHED = {
     ),
     "ssd_vgg16_size300_voc0712": _Weights(
         _LUFFICC + "vgg_ssd300_voc0712.pth", None, "lufficc", "77.7 mAP, VOC2007 test",
+        ("MODEL.SSD.DEFAULT_BOXES.CLIP", "cxcywh", "TEST.DETECTIONS_PER_IMAGE", 100),
     ),
     "ssd_vgg16_size512_voc0712": _Weights(
         _LUFFICC + "vgg_ssd512_voc0712.pth", None, "lufficc", "80.7 mAP, VOC2007 test",
+        ("MODEL.SSD.DEFAULT_BOXES.CLIP", "cxcywh", "TEST.DETECTIONS_PER_IMAGE", 100,
+         "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES", [35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8],
+         "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", 537.65),
     ),
     "ssdlite_mobilenetv2_size320_voc0712": _Weights(
         _LUFFICC + "mobilenet_v2_ssd320_voc0712_v2.pth", None, "lufficc", "68.9 mAP, VOC2007 test",
@@ -122,18 +127,20 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
     Args:
         trained: ``MODEL.WEIGHTS`` becomes the published file if it is already there, otherwise its
-            address. If False, it stays the config's own, usually a backbone's weights.
+            address, and keys in which the file's definition differs from the lab's are set to it.
+            If False, it stays the config's own, usually a backbone's weights.
 
     Raises:
         RuntimeError: there is no such lab, or ``trained`` and nothing is published for it.
         ValueError: the file that is there isn't the published one.
     """
     config_file = get_config_file(name)
-    weights = (_local_file(name) or get_checkpoint_url(name)) if trained else None
-    cfg = load_config(config_file)
-    cfg.defrost()
+    opts = []
     if trained:
-        cfg.MODEL.WEIGHTS = weights
+        opts = ["MODEL.WEIGHTS", _local_file(name) or get_checkpoint_url(name)]
+        opts += _published(name).opts
+    cfg = load_config(config_file, opts)
+    cfg.defrost()
     return cfg
 
 

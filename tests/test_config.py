@@ -9,7 +9,8 @@ from detectron2.config import get_cfg
 from ssd.config import add_ssd_config, load_config
 
 ROOT = Path(__file__).parent.parent
-BASES = sorted((ROOT / "labs/_base_").glob("*.yaml"))
+# Models; the other bases are recipes, to be listed after one.
+BASES = sorted((ROOT / "labs/_base_").glob("ssd*.yaml"))
 BASE = str(ROOT / "labs/_base_/ssd300_vgg16.yaml")
 
 

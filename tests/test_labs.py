@@ -53,17 +53,38 @@ def without(node, path):
     return node
 
 
+def bases(path):
+    """The files that a config lists in _BASE_."""
+    names = read(path).get("_BASE_", [])
+    return [path.parent / name for name in ([names] if isinstance(names, str) else names)]
+
+
+def hops(path):
+    return max((1 + hops(base) for base in bases(path)), default=0)
+
+
 def test_lab_has_at_most_two_base_hops_within_labs(lab):
-    hops, path = 0, lab
-    while base := read(path).get("_BASE_"):
-        hops, path = hops + 1, path.parent / base
-        assert path.resolve().parent == lab.parent.parent / "_base_"
-    assert 1 <= hops <= 2
+    assert 1 <= hops(lab) <= 2
+    for base in bases(lab):
+        assert base.resolve().parent == lab.parent.parent / "_base_"
+
+
+def test_lab_begins_with_a_model_and_goes_on_with_recipes(lab):
+    first, *recipes = bases(lab)
+    assert first.name.startswith("ssd")
+    for recipe in recipes:
+        assert not recipe.name.startswith("ssd") and not bases(recipe)
+
+
+def test_each_base_is_used(repo):
+    files = {path.resolve() for path in (repo / "labs/_base_").glob("*.yaml")}
+    configs = [*files, *repo.glob("labs/*/config.yaml")]
+    assert files == {base.resolve() for path in configs for base in bases(path)}
 
 
 def test_lab_holds_only_differences(lab, tmp_path):
     data = read(lab)
-    data["_BASE_"] = str((lab.parent / data["_BASE_"]).resolve())
+    data["_BASE_"] = [str(base.resolve()) for base in bases(lab)]
     expected = merged(lab)
     shorter = tmp_path / "config.yaml"
     for path in leaves(data):
@@ -91,15 +112,13 @@ def test_each_model_of_the_labs_trains_a_step_and_detects(repo):
 def train_a_step_and_detect(cfg):
     torch.manual_seed(0)
     model = build_model(cfg)
-    # BatchNorm needs two values of each channel, also where the map is 1×1
-    count = 2 if cfg.MODEL.SSD.NORM else 1
-    batch = [{"image": torch.randint(0, 256, (3, 48, 64)).byte()} for _ in range(count)]
-    for sample in batch:
-        sample["instances"] = Instances(
-            (48, 64),
-            gt_boxes=Boxes(torch.tensor([[8.0, 8.0, 40.0, 40.0]])),
-            gt_classes=torch.tensor([cfg.MODEL.SSD.NUM_CLASSES - 1]),
-        )
+    # one image: BatchNorm on a 1×1 map must bear it
+    batch = [{"image": torch.randint(0, 256, (3, 48, 64)).byte()}]
+    batch[0]["instances"] = Instances(
+        (48, 64),
+        gt_boxes=Boxes(torch.tensor([[8.0, 8.0, 40.0, 40.0]])),
+        gt_classes=torch.tensor([cfg.MODEL.SSD.NUM_CLASSES - 1]),
+    )
     with EventStorage():
         losses = model.train()(batch)
     sum(losses.values()).backward()

@@ -139,7 +139,9 @@ def run(name: str, seed: int, args) -> dict:
                 model, build_test_loader(cfg, dataset), build_evaluator(cfg, dataset)
             )
             evaluations.append({"iteration": iteration, **results["bbox"]})
-            print(name, seed, iteration, losses[-1], {k: results["bbox"][k] for k in ("AP", "AP50")})
+            print(
+                name, seed, iteration, losses[-1], {k: results["bbox"][k] for k in ("AP", "AP50")}
+            )
     return {
         "name": name, "seed": seed, "iterations": args.iterations, "device": args.device,
         "seconds": seconds, "losses": losses, "evaluations": evaluations,
@@ -150,7 +152,9 @@ def plot(folder: str, path: str) -> None:
     """AP and AP50 of all runs in ``folder``: mean and spread (min to max) over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for name, label in NAMES.items():
-        runs = [json.loads(file.read_text()) for file in sorted(Path(folder).glob(f"{name}_*.json"))]
+        runs = [
+            json.loads(file.read_text()) for file in sorted(Path(folder).glob(f"{name}_*.json"))
+        ]
         runs = [x for x in runs if x["name"] == name]
         if not runs:
             continue

@@ -57,7 +57,7 @@ def convert(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def recognises_backbone(state: Dict[str, Tensor]) -> str:
-    """"mobilenet_v2", "mobilenet_v3" or "resnet" of ``torchvision.models``, or ""."""
+    """``"mobilenet_v2"``, "mobilenet_v3" or "resnet" of ``torchvision.models``, or ""."""
     if "features.18.0.weight" in state and "features.1.conv.0.0.weight" in state:
         return "mobilenet_v2"
     if "features.16.0.weight" in state and "features.1.block.0.0.weight" in state:
@@ -93,7 +93,7 @@ def convert_backbone(
 
 
 def _conv_norm(rest: str) -> str:
-    """"0.0.weight" → "0.weight", "0.1.running_mean" → "0.norm.running_mean"; others stay."""
+    """From "0.0.weight" to "0.weight", "0.1.running_mean" → "0.norm.running_mean"; others stay."""
     rest = re.sub(r"^(\d+)\.0\.(weight|bias)$", r"\1.\2", rest)
     return re.sub(r"^(\d+)\.1\.(\w+)$", r"\1.norm.\2", rest)
 

@@ -125,6 +125,13 @@ class DefaultBoxGenerator(nn.Module):
             level_boxes = torch.cat([center - size / 2, center + size / 2], dim=-1).reshape(-1, 4)
             if self.clip == "xyxy":
                 level_boxes = level_boxes.clamp(min=0).minimum(limit.repeat(2))
+                # offsets from a box without area are NaN, and so are their gradients
+                if not (level_boxes[:, 2:] > level_boxes[:, :2]).all():
+                    raise ValueError(
+                        f"MODEL.SSD.DEFAULT_BOXES.STEPS {self.steps[level]} of level {level} put "
+                        f"boxes of {rows} rows and {columns} columns outside the input "
+                        f"{self.input_size}, where CLIP 'xyxy' leaves nothing of them"
+                    )
             boxes.append(level_boxes.float())
         return boxes
 

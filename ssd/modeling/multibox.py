@@ -71,7 +71,10 @@ def _bipartite(iou: Tensor) -> Tuple[Tensor, Tensor]:
     truths take one each.
     """
     num_gt = iou.shape[1]
-    iou, candidates = iou.topk(min(num_gt, iou.shape[2]), dim=2)  # (N, M, C)
+    # Of equal IoUs the first default box wins, as in Caffe. topk promises no order, but float64
+    # has room for one below float32's last digit.
+    rank = torch.arange(iou.shape[2], dtype=torch.float64, device=iou.device)
+    iou, candidates = (iou * (1 - rank * 2.0**-50)).topk(min(num_gt, iou.shape[2]), dim=2)
     taken = candidates[:, :, 0].clone()
     iou_taken = torch.full_like(iou[:, :, 0], -1.0)
     images = torch.arange(len(iou), device=iou.device)

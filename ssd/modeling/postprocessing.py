@@ -15,6 +15,7 @@ from torchvision.ops import batched_nms
 __all__ = ["decode_boxes", "detect", "rank_in_group", "select_candidates"]
 
 _MAX_LOG_SCALE = math.log(1000.0 / 16)  # of the decoded dw, dh (Fast R-CNN)
+_FAR = 1e6  # pixels: bounds what an unclamped decoding can give
 
 
 def decode_boxes(
@@ -85,6 +86,7 @@ def detect(
     detections_per_image: int,
     bbox_reg_weights: Sequence[float],
     bbox_reg_clamp: str,
+    clip: str = "before_nms",
 ) -> List[Instances]:
     """Detections of N images.
 
@@ -93,6 +95,8 @@ def detect(
         deltas: (N, R, 4) predicted offsets.
         default_boxes: (R, 4).
         image_size: (height, width) of the network's input: boxes are clipped to it.
+        clip: ``"before_nms"``, where boxes outside the image are dropped too (MMDetection,
+            torchvision), or ``"after_nms"`` (Caffe).
         group, num_groups: see :func:`select_candidates`.
 
     Returns:
@@ -104,13 +108,20 @@ def detect(
     boxes = decode_boxes(deltas[image, box], default_boxes[box], bbox_reg_weights, bbox_reg_clamp)
     # not Boxes.clip: it refuses the infinite sizes that an unclamped decoding can give
     limit = boxes.new_tensor([image_size[1], image_size[0]] * 2)
-    boxes = Boxes(boxes.clamp(min=0).minimum(limit))
+    clipped = Boxes(boxes.clamp(min=0).minimum(limit))
     scores = scores[image, box, cls]
 
-    keep = torch.nonzero(boxes.nonempty()).squeeze(1)
-    # float64: the class offsets that batched_nms adds would cost a float32 its last digits
+    if clip == "before_nms":
+        boxes, keep = clipped.tensor, torch.nonzero(clipped.nonempty()).squeeze(1)
+    elif clip == "after_nms":
+        boxes = boxes.double().clamp(-_FAR, _FAR) + _FAR
+        keep = torch.arange(len(boxes), device=boxes.device)
+    else:
+        raise ValueError(f"MODEL.SSD.CLIP_TEST: 'before_nms' or 'after_nms', got {clip!r}")
+    # batched_nms moves the groups apart by offsets: it needs coordinates from 0, and float64, as
+    # they would cost a float32 its last digits
     kept = batched_nms(
-        boxes.tensor[keep].double(),
+        boxes[keep].double(),
         scores[keep].double(),
         (image * num_classes + cls)[keep],
         nms_thresh,
@@ -121,7 +132,7 @@ def detect(
     results = []
     for of_image in keep.split(torch.bincount(image[keep], minlength=num_images).tolist()):
         result = Instances(image_size)
-        result.pred_boxes = boxes[of_image]
+        result.pred_boxes = clipped[of_image]
         result.scores = scores[of_image]
         result.pred_classes = cls[of_image]
         results.append(result)

@@ -102,6 +102,7 @@ class SSD(DenseDetector):
         _check_positive("NUM_CLASSES", [ssd.NUM_CLASSES])
         _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
         _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each"))
+        _check_choice("CLIP_TEST", ssd.CLIP_TEST, ("before_nms", "after_nms"))
         _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
         _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
         _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
@@ -145,6 +146,7 @@ class SSD(DenseDetector):
                 "nms_thresh": ssd.NMS_THRESH_TEST,
                 "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
                 "bbox_reg_clamp": ssd.BBOX_REG_CLAMP,
+                "clip": ssd.CLIP_TEST,
             },
             "topk_per": ssd.TOPK_PER,
             "bbox_reg_weights": ssd.BBOX_REG_WEIGHTS,

@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Prints README's table of all labs: list_models.py [--check README.md]
+
+Parameters and floating-point operations (a multiply-add counts once, as fvcore counts) are those
+of the network at the lab's input size: backbone, extra layers and head.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from fvcore.nn import FlopCountAnalysis, parameter_count
+from torch import nn
+
+from ssd import model_zoo
+from ssd.config import load_config
+
+# Published results of labs for which the zoo has no weights.
+_PUBLISHED = {
+    "ssd_vgg16_size300": "23.2 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size300_expand_aug": "25.1 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size512": "26.8 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size512_expand_aug": "28.8 AP, COCO test-dev (paper)",
+    "ssdlite_mobilenetv2_size300_tf": "22 AP, COCO minival2014 (TensorFlow)",
+}
+# Results measured here; a lab's README says how.
+_MEASURED = {
+    "quickstart": "53.6 AP, 78.3 AP50, rendered shapes",
+    "bccd_ssdlite_mobilenetv2": "56.8 AP, 89.2 AP50, BCCD test",
+}
+_HEADER = (
+    "| lab | default boxes | parameters, M | GFLOPs | published | measured here |\n"
+    "|---|---|---|---|---|---|\n"
+)
+
+
+class Network(nn.Module):
+    """What costs time: images to logits and offsets, without targets or post-processing."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.head
+
+    def forward(self, images):
+        return self.head(list(self.backbone(images).values()))
+
+
+def row(name: str) -> str:
+    """A lab's line of the table."""
+    config_file = model_zoo.get_config_file(name)
+    cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    model = build_model(cfg).eval()
+    network = Network(model)
+    flops = FlopCountAnalysis(network, torch.zeros(1, 3, *model.input_size))
+    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    published = _PUBLISHED.get(name, "–")
+    if name in model_zoo._PUBLISHED:
+        weights = model_zoo._PUBLISHED[name]
+        published = f"[{weights.result}]({weights.url}) ({weights.lineage})"
+    cells = [
+        f"[{name}](labs/{name}/{'README.md' if name in _MEASURED else 'config.yaml'})",
+        len(model.default_boxes),
+        f"{parameter_count(network)[''] / 1e6:.2f}",
+        f"{flops.total() / 1e9:.2f}",
+        published,
+        _MEASURED.get(name, "not trained"),
+    ]
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def table() -> str:
+    return _HEADER + "".join(row(name) for name in model_zoo.names())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", metavar="FILE", help="fail unless the file holds the table")
+    args = parser.parse_args()
+    with torch.no_grad():
+        lines = table()
+    print(lines, end="")
+    if args.check and lines not in Path(args.check).read_text(encoding="utf-8"):
+        sys.exit(f"{args.check} doesn't hold this table")
