@@ -109,7 +109,8 @@ def _add_model_keys(cfg: CN) -> None:
     # V3: squeeze-and-excitation before the activation (lufficc) or after it (torchvision)
     mobilenet.SQUEEZE_FIRST = False
 
-    # 1: res4 keeps the resolution of res3 (NVIDIA's SSD300-ResNet50)
+    # 1: res4 keeps the resolution of res3 (NVIDIA's SSD300-ResNet50); read by
+    # build_ssd_resnet_backbone only
     cfg.MODEL.RESNETS.RES4_STRIDE = 2
     # Detectron2's RegNet, which has no config keys of its own; default: RegNetX-200MF
     # (arXiv 2003.13678).

@@ -1,4 +1,4 @@
-"""VGG16 classification weights: reduced-fc (DeepLab's, for SSD) and torchvision's."""
+"""VGG16 classification weights: reduced-fc (DeepLab's, for SSD) and torchvision's two files."""
 
 from typing import Dict, Iterable, Tuple
 
@@ -33,8 +33,10 @@ def convert(
     Of torchvision's ``vgg16``, fc6 (512×7×7 inputs) and fc7 are subsampled to the dilated 3×3
     and the 1×1 convolution of 1024 channels: every fourth output, every third row and column
     (as the SSD authors made their reduced-fc file), and the first layer is rescaled from inputs
-    in [0, 1] / std to the config's. The first layer is reversed if the config's images are BGR;
-    both files are made for RGB.
+    in [0, 1] / std to the config's. torchvision's ``IMAGENET1K_FEATURES``, with which its SSD300
+    starts, have NaN for a classifier and are made for 0-255 inputs, as reduced-fc is: here fc6 and
+    fc7 are left out, and stay fresh. The first layer is reversed if the config's images are BGR;
+    all files are made for RGB.
 
     Args:
         state: the file's parameters.
@@ -53,7 +55,9 @@ def convert(
     found = "VGG16 reduced-fc"
     first = result["backbone.bottom_up.conv1_1.weight"]
     input_std = (1.0, 1.0, 1.0)
-    if "classifier.0.weight" in state:
+    if "classifier.0.weight" in state and state["classifier.0.weight"].isnan().any():
+        found = "torchvision VGG16 features for SSD, without a classifier: fc6 and fc7 stay fresh"
+    elif "classifier.0.weight" in state:
         found = "torchvision VGG16, fc6 and fc7 subsampled"
         fc6, fc6_bias = rest.pop("classifier.0.weight"), rest.pop("classifier.0.bias")
         fc7, fc7_bias = rest.pop("classifier.3.weight"), rest.pop("classifier.3.bias")

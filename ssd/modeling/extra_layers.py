@@ -99,6 +99,10 @@ class SSDBackbone(Backbone):
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec):
         ssd = cfg.MODEL.SSD
+        if ssd.BOTTOM_UP not in BACKBONE_REGISTRY:
+            raise ValueError(
+                f"MODEL.SSD.BOTTOM_UP: no {ssd.BOTTOM_UP!r} in Detectron2's BACKBONE_REGISTRY"
+            )
         return {
             "bottom_up": BACKBONE_REGISTRY.get(ssd.BOTTOM_UP)(cfg, input_shape),
             "in_features": ssd.IN_FEATURES,

@@ -59,37 +59,103 @@ def test_steps_per_axis_are_y_x(pair):
     assert centers(boxes)[::2] == [[4, 3], [12, 3], [4, 9], [12, 9]]
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_clip(clip):
-    # centre (20, 10); the second shape, of side √(14·56) = 28, reaches from y -4 to 24
-    (boxes,) = make(min_sizes=[14.0], max_size=56.0, clip=clip).per_level([(1, 1)])
-    expected = [6, 0, 34, 20] if clip else [6, -4, 34, 24]
-    assert boxes[1].tolist() == pytest.approx(expected, abs=1e-5)
+# One cell, centre (20, 10): a square of side 14, one of √(14·56) = 28, and of ratio 9 42 × 14/3.
+# The input is 40 wide and 20 high.
+@pytest.mark.parametrize(
+    "clip, square, wide",
+    [
+        ("none", [6, -4, 34, 24], [-1, 10 - 7 / 3, 41, 10 + 7 / 3]),
+        ("xyxy", [6, 0, 34, 20], [0, 10 - 7 / 3, 40, 10 + 7 / 3]),
+        ("cxcywh", [6, 0, 34, 20], [0, 10 - 7 / 3, 40, 10 + 7 / 3]),
+        ("wh", [6, 0, 34, 20], [0, 10 - 7 / 3, 40, 10 + 7 / 3]),
+    ],
+)
+def test_clip_of_a_centred_box(clip, square, wide):
+    generator = make(min_sizes=[14.0], max_size=56.0, aspect_ratios=[[9.0]], clip=clip)
+    (boxes,) = generator.per_level([(1, 1)])
+    assert boxes[0].tolist() == [13, 3, 27, 17]
+    assert boxes[1].tolist() == pytest.approx(square, abs=1e-5)
+    assert boxes[2].tolist() == pytest.approx(wide, abs=1e-5)
 
 
-def test_clip_at_the_width_of_a_wide_input():
-    (boxes,) = make(min_sizes=[60.0], max_size=61.0, clip=True).per_level([(1, 1)])
-    assert boxes[0].tolist() == [0, 0, 40, 20]
+# Centres (18, 12) and (54, 12), the second right of the input's 40 columns; a square of side 30.
+@pytest.mark.parametrize(
+    "clip, first, second",
+    [
+        ("none", [3, -3, 33, 27], [39, -3, 69, 27]),
+        ("xyxy", [3, 0, 33, 20], [39, 0, 40, 20]),
+        # sizes 30×20; centre (40, 12): the box still leaves the input
+        ("cxcywh", [3, 2, 33, 22], [25, 2, 55, 22]),
+        ("wh", [3, 2, 33, 22], [39, 2, 69, 22]),
+    ],
+)
+def test_clip_of_a_box_at_the_border(clip, first, second):
+    generator = make(
+        min_sizes=[30.0], max_size=31.0, aspect_ratios=[[]], steps=[(24, 36)], clip=clip
+    )
+    (boxes,) = generator.per_level([(1, 2)])
+    assert boxes[::2].tolist() == [first, second]
 
 
+def test_clip_that_leaves_nothing_of_a_box():
+    # centres 15 and 45 of boxes 8 and 9 wide: the second begins right of the 40 columns
+    kwargs = {"max_size": 9.0, "aspect_ratios": [[]], "steps": [30]}
+    assert len(make(**kwargs).per_level([(1, 2)])[0]) == 4
+    with pytest.raises(ValueError, match=r"STEPS \(30, 30\) of level 0 .*\(20, 40\).*CLIP 'xyxy'"):
+        make(**kwargs, clip="xyxy").per_level([(1, 2)])
+
+
+def test_first_square_replaces_the_two_of_the_first_level():
+    generator = make(min_sizes=[4.0, 9.0], aspect_ratios=[[4.0], [4.0]], first_square=3.0)
+    assert generator.num_anchors == [3, 4]
+    first, second = generator.per_level([(1, 1), (1, 1)])
+    # 3×3, 8×2 (4·√4 × 4/√4), 2×8 around (20, 10)
+    assert first.tolist() == [[18.5, 8.5, 21.5, 11.5], [16, 9, 24, 11], [19, 6, 21, 14]]
+    (plain,) = make(min_sizes=[9.0]).per_level([(1, 1)])
+    assert torch.equal(second, plain)
+
+
+def test_boxes_of_tensorflows_ssd300():
+    """Scales 0.2 to 0.95, in the first level 0.1 and 0.2: 19² · 3 + 139 · 6 = 1917."""
+    generator = make(
+        input_size=(300, 300),
+        min_sizes=[60.0, 105.0, 150.0, 195.0, 240.0, 285.0],
+        max_size=300.0,
+        aspect_ratios=[[2.0]] + [[2.0, 3.0]] * 5,
+        first_square=30.0,
+    )
+    assert generator.num_anchors == [3, 6, 6, 6, 6, 6]
+    levels = generator.per_level([(side, side) for side in (19, 10, 5, 3, 2, 1)])
+    assert sum(len(level) for level in levels) == 1917
+    sizes = (levels[0][:3, 2:] - levels[0][:3, :2]).flatten().tolist()
+    long, short = 60 * math.sqrt(2), 60 / math.sqrt(2)
+    assert sizes == pytest.approx([30, 30, long, short, short, long], abs=1e-4)
+    assert centers(levels[0][:1])[0] == pytest.approx([300 / 19 / 2] * 2, abs=1e-4)
+
+
+# Number of boxes, and of each level: map size, boxes per cell, step
 PUBLISHED = {
-    "ssd300_vgg16": (8732, [38, 19, 10, 5, 3, 1], [4, 6, 6, 6, 4, 4]),
-    "ssd512_vgg16": (24564, [64, 32, 16, 8, 4, 2, 1], [4, 6, 6, 6, 6, 4, 4]),
-    "ssdlite_mobilenetv2": (3234, [20, 10, 5, 3, 2, 1], [6] * 6),
-}
+    "ssd300_vgg16": (
+        8732, [38, 19, 10, 5, 3, 1], [4, 6, 6, 6, 4, 4], [8, 16, 32, 64, 100, 300],
+    ),
+    "ssd512_vgg16": (
+        24564, [64, 32, 16, 8, 4, 2, 1], [4, 6, 6, 6, 6, 4, 4], [8, 16, 32, 64, 128, 256, 512],
+    ),
+    "ssdlite_mobilenetv2": (3234, [20, 10, 5, 3, 2, 1], [6] * 6, [16, 32, 64, 107, 160, 320]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models(name):
-    total, sides, per_cell = PUBLISHED[name]
+    total, sides, per_cell, steps = PUBLISHED[name]
     cfg = load_config(str(BASES / f"{name}.yaml"), ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
     assert model.default_boxes.shape == (total, 4)
     assert model.boxes_per_level == [side * side * a for side, a in zip(sides, per_cell)]
     keys = cfg.MODEL.SSD.DEFAULT_BOXES
     for level, boxes in enumerate(model.default_boxes.split(model.boxes_per_level)):
-        assert centers(boxes[:1])[0] == pytest.approx([keys.STEPS[level] / 2] * 2, abs=1e-3)
-        last = (sides[level] - 0.5) * keys.STEPS[level]
+        assert centers(boxes[:1])[0] == pytest.approx([steps[level] / 2] * 2, abs=1e-3)
+        last = (sides[level] - 0.5) * steps[level]
         assert centers(boxes[-1:])[0] == pytest.approx([last, last], abs=1e-3)
         side = float(boxes[0, 2] - boxes[0, 0])
         assert side == pytest.approx(keys.MIN_SIZES[level], abs=1e-3)
@@ -116,6 +182,7 @@ def test_is_a_detectron2_anchor_generator():
         ({"min_sizes": [0.0]}, "MIN_SIZES"),
         ({"aspect_ratios": [[2.0], [2.0]]}, "ASPECT_RATIOS"),
         ({"steps": [8, 16]}, "STEPS"),
+        ({"clip": "corners"}, "CLIP.*'cxcywh'.*'corners'"),
     ],
 )
 def test_errors_name_the_key(change, key):

@@ -7,10 +7,10 @@ import torch
 
 from ssd.modeling.multibox import (
     encode_boxes,
+    loss_divisor,
     match_default_boxes,
     mine_hard_negatives,
     multibox_loss,
-    num_matched,
 )
 from ssd.modeling.postprocessing import decode_boxes
 
@@ -229,23 +229,50 @@ def test_loss_equals_a_slow_computation_per_image(ratio, without, beta):
         neg_pos_ratio=ratio, negatives_without_positives=without, smooth_l1_beta=beta,
     )  # fmt: skip
     expected = [slow_loss(*(x[i].tolist() for x in batch), ratio, without, beta) for i in range(3)]
-    assert float(losses[0]) == pytest.approx(sum(cls for cls, _ in expected), rel=1e-5)
-    assert float(losses[1]) == pytest.approx(sum(box for _, box in expected), rel=1e-5)
+    for loss, values in zip(losses, zip(*expected)):
+        assert loss.tolist() == pytest.approx(values, rel=1e-5)
 
 
-def test_batch_without_objects_gives_zero_loss_and_zero_gradients():
+def test_sigmoid_loss_by_hand():
+    """Two classes and the background; binary cross entropy over the three outputs."""
+    logits = torch.tensor([[[2.0, -1, 0.5], [-3, 1, 0], [0, 0, 4], [1, 2, -1], [-1, -2, 3]]])
+    labels = torch.tensor([[0, 2, 2, 2, 2]])
+
+    def bce(row, target):
+        probabilities = [1 / (1 + math.exp(-x)) for x in row]
+        return -sum(math.log(p if i == target else 1 - p) for i, p in enumerate(probabilities))
+
+    values = [bce(row, label) for row, label in zip(logits[0].tolist(), labels[0].tolist())]
+    # the hardest two: (1, 2, -1), and of the others (-3, 1, 0)
+    assert sorted(range(1, 5), key=lambda r: -values[r])[:2] == [3, 1]
+    loss_cls, loss_box_reg = multibox_loss(
+        logits, torch.zeros(1, 5, 4), labels, torch.full((1, 5, 4), 0.5),
+        neg_pos_ratio=2.0, score_function="sigmoid",
+    )  # fmt: skip
+    assert loss_cls.tolist() == pytest.approx([values[0] + values[3] + values[1]])
+    assert loss_box_reg.tolist() == [4 * 0.5 * 0.5**2]
+
+
+def test_unknown_score_function_names_the_key():
+    with pytest.raises(ValueError, match=r"MODEL\.SSD\.SCORE_FUNCTION.*'relu'"):
+        multibox_loss(*random_batch(), score_function="relu")
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_batch_without_objects_gives_zero_loss_and_zero_gradients(score_function):
     logits, deltas, labels, targets = random_batch(positives=(0, 0))
     logits.requires_grad_(), deltas.requires_grad_()
-    losses = multibox_loss(logits, deltas, labels, targets)
-    assert [float(loss) for loss in losses] == [0, 0]
-    sum(losses).backward()
+    losses = multibox_loss(logits, deltas, labels, targets, score_function=score_function)
+    assert [loss.tolist() for loss in losses] == [[0, 0], [0, 0]]
+    sum(losses).sum().backward()
     assert not logits.grad.any() and not deltas.grad.any()  # NaN would count as true
 
 
 def test_offsets_of_background_boxes_may_be_infinite():
     logits, deltas, labels, targets = random_batch()
     deltas[labels == 3] = float("inf")
-    assert all(loss.isfinite() for loss in multibox_loss(logits, deltas, labels, targets))
+    losses = multibox_loss(logits, deltas, labels, targets)
+    assert all(loss.isfinite().all() for loss in losses)
 
 
 def test_encoding_computed_by_hand():
@@ -269,22 +296,33 @@ def test_decoding_inverts_encoding(weights):
     torch.testing.assert_close(decoded, boxes, rtol=0, atol=1e-4)
 
 
-def test_both_normalizers():
+def test_normalizers():
     matched = torch.tensor([[0, 1, -1, -1], [-1] * 4, [0, -1, -1, -1]])
-    assert num_matched(matched, "image") == 2 + 1 + 1
-    assert num_matched(matched, "batch") == 2 + 0 + 1
+    assert loss_divisor(matched, "image") == 2 + 1 + 1
+    assert loss_divisor(matched, "batch") == 2 + 0 + 1
+    # each image by its own positives, at least one, then the mean over the three images
+    assert loss_divisor(matched, "each").tolist() == [2 * 3, 1 * 3, 1 * 3]
+    losses = torch.tensor([5.0, 0.5, 7])
+    assert (losses / loss_divisor(matched, "each")).sum() == pytest.approx((2.5 + 0.5 + 7) / 3)
     with pytest.raises(ValueError, match=r"MODEL\.SSD\.LOSS\.NORMALIZER.*'boxes'"):
-        num_matched(matched, "boxes")
+        loss_divisor(matched, "boxes")
 
 
-@pytest.mark.parametrize("normalizer", ["image", "batch"])
+@pytest.mark.parametrize("normalizer", ["image", "batch", "each"])
 def test_two_halves_of_a_batch_give_the_loss_of_the_whole(normalizer):
     batch = random_batch(positives=(4, 0, 9, 1))
 
-    def sums(start, stop):
+    def losses(start, stop, divisor=None):
         part = [x[start:stop] for x in batch]
         matched = torch.where(part[2] < 3, 0, -1)
-        return torch.stack([*multibox_loss(*part), num_matched(matched, normalizer).float()])
+        divisor = loss_divisor(matched, normalizer) if divisor is None else divisor
+        return torch.stack([(loss / divisor).sum() for loss in multibox_loss(*part)]), divisor
 
-    whole, halves = sums(0, 4), sums(0, 2) + sums(2, 4)
-    torch.testing.assert_close(halves[:2] / halves[2], whole[:2] / whole[2])
+    whole, divisor = losses(0, 4)
+    halves = [losses(0, 2), losses(2, 4)]
+    if normalizer == "each":  # the mean over processes, as DistributedDataParallel takes it
+        halves = (halves[0][0] + halves[1][0]) / 2
+    else:
+        assert halves[0][1] + halves[1][1] == divisor
+        halves = losses(0, 2, divisor)[0] + losses(2, 4, divisor)[0]
+    torch.testing.assert_close(halves, whole)

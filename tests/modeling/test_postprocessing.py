@@ -210,3 +210,60 @@ def test_unclamped_overflow_does_not_stop_an_evaluation():
     (result,) = run_detect(scores, deltas, boxes)
     assert [10, 10, 30, 30] in result.pred_boxes.tensor.tolist()
     assert result.pred_boxes.tensor.isfinite().all()
+
+
+def detections(boxes, scores, clip, kept=10):
+    """Detections of one class: boxes (R, 4) with these scores, NMS at 0.45, size 120×90."""
+    boxes, scores = torch.tensor(boxes), torch.tensor(scores)
+    (result,) = detect(
+        scores[None, :, None], torch.zeros(1, len(boxes), 4), boxes, SIZE,
+        group=torch.zeros(1, 1, dtype=torch.int64), num_groups=1, score_thresh=0.0,
+        topk_candidates=100, nms_thresh=0.45, detections_per_image=kept,
+        bbox_reg_weights=WEIGHTS, bbox_reg_clamp="none", clip=clip,
+    )  # fmt: skip
+    return result.pred_boxes.tensor.tolist(), result.scores.tolist()
+
+
+def test_clipping_before_or_after_nms():
+    """IoU 5 / 11 = 0.4545 as they are, 16 / 40 = 0.40 clipped at x = 0."""
+    boxes = [[-6.0, 1, 2, 9], [-3.0, 1, 5, 9]]
+    clipped = [[0.0, 1, 2, 9], [0.0, 1, 5, 9]]
+    assert detections(boxes, [1.0, 0.5], "before_nms") == (clipped, [1.0, 0.5])
+    assert detections(boxes, [1.0, 0.5], "after_nms") == (clipped[:1], [1.0])
+
+
+def test_boxes_outside_the_image_compete_only_if_clipped_after_nms():
+    boxes = [[-30.0, 1, -20, 9], [1.0, 1, 5, 9]]
+    assert detections(boxes, [1.0, 0.5], "before_nms", kept=1) == (boxes[1:], [0.5])
+    assert detections(boxes, [1.0, 0.5], "after_nms", kept=1) == ([[0.0, 1, 0, 9]], [1.0])
+
+
+def test_classes_do_not_suppress_one_another_left_of_the_image():
+    """Before and after: the same box in every class, one far outside moves their coordinates."""
+    boxes = torch.tensor([[-50.0, -40, 8, 8], [1e5, 0, 2e5, 1], [-50.0, -40, 8, 8]])
+    scores = torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4], [0.3, 0.2, 0.1]])
+    (result,) = detect(
+        scores[None], torch.zeros(1, 3, 4), boxes, SIZE,
+        group=torch.arange(3)[None], num_groups=3, score_thresh=0.0, topk_candidates=100,
+        nms_thresh=0.45, detections_per_image=100, bbox_reg_weights=WEIGHTS,
+        bbox_reg_clamp="none", clip="after_nms",
+    )  # fmt: skip
+    assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    assert result.pred_classes.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_infinite_boxes_do_not_spoil_the_others():
+    deltas = torch.zeros(1, 2, 4)
+    deltas[0, 0, 2:] = 1000.0  # e^200
+    (result,) = detect(
+        torch.tensor([[[0.9], [0.8]]]), deltas, torch.tensor([[1.0, 1, 5, 5], [1.0, 1, 5, 5]]),
+        SIZE, group=torch.zeros(1, 1, dtype=torch.int64), num_groups=1, score_thresh=0.0,
+        topk_candidates=10, nms_thresh=0.45, detections_per_image=10, bbox_reg_weights=WEIGHTS,
+        bbox_reg_clamp="none", clip="after_nms",
+    )  # fmt: skip
+    assert result.pred_boxes.tensor.tolist() == [[0.0, 0, 120, 90], [1.0, 1, 5, 5]]
+
+
+def test_unknown_clip_names_the_key():
+    with pytest.raises(ValueError, match=r"MODEL\.SSD\.CLIP_TEST.*'never'"):
+        detections([[1.0, 1, 5, 9]], [1.0], "never")

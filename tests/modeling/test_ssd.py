@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
@@ -106,7 +107,7 @@ def test_steps_lower_the_loss(num_classes):
     assert values[-1] < 0.7 * values[0]
 
 
-@pytest.mark.parametrize("normalizer", ["image", "batch"])
+@pytest.mark.parametrize("normalizer", ["image", "batch", "each"])
 def test_batch_without_objects_trains(normalizer):
     model = make_model("MODEL.SSD.LOSS.NORMALIZER", normalizer)
     losses = model([{"image": image(), "instances": ground_truth([], [])}] * 2)
@@ -120,6 +121,75 @@ def test_batch_without_objects_teaches_negatives_if_asked_for():
     model = make_model("MODEL.SSD.LOSS.NEGATIVES_WITHOUT_POSITIVES", "5")
     losses = model([{"image": image(), "instances": ground_truth([], [])}] * 2)
     assert losses["loss_cls"] > 0 and losses["loss_box_reg"] == 0
+
+
+def test_one_image_trains_where_a_map_has_one_cell():
+    model = make_model(
+        *"MODEL.SSD.IN_FEATURES ['stage5'] MODEL.SSD.HEAD lite".split(),
+        *"MODEL.SSD.EXTRA_LAYERS [[16,32,3,2,1],[16,32,3,2,1],[16,32,3,2,1]]".split(),
+    )
+    assert model.boxes_per_level[-1] == 4
+    losses = model(batch()[:1])
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+WITHOUT_NORM = "MODEL.SSD.NORM '' MODEL.MOBILENET.NORM ''".split()  # images don't mix
+
+
+@torch.no_grad()
+def losses_of_every_normalizer(inputs):
+    """(normalizers, 2): the losses of the classes and of the boxes."""
+    model, losses = make_model(*WITHOUT_NORM), []
+    for model.loss_normalizer in ("image", "batch", "each"):
+        losses.append(torch.stack(list(model(inputs).values())))
+    return torch.stack(losses)
+
+
+def _half(rank, folder):
+    init = f"file://{folder}/init"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    inputs = [*batch(), batch()[0]]
+    losses = losses_of_every_normalizer(inputs[2 * rank : 2 * rank + 2])
+    torch.distributed.all_reduce(losses)
+    torch.save(losses / 2, f"{folder}/{rank}")  # DistributedDataParallel takes the mean
+
+
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    # forked, since a new process would import everything again
+    torch.multiprocessing.start_processes(_half, (str(tmp_path),), 2, start_method="fork")
+    expected = losses_of_every_normalizer([*batch(), batch()[0]])
+    assert len(expected[:, 0].unique()) == 3
+    torch.testing.assert_close(torch.load(tmp_path / "0"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_normalizer_each_is_the_mean_of_the_images_own_losses():
+    model = make_model(*WITHOUT_NORM)
+    model.loss_normalizer = "batch"
+    alone = [model([x]) for x in batch()]
+    model.loss_normalizer = "each"
+    for name, loss in model(batch()).items():
+        values = [losses[name].item() for losses in alone]
+        assert values[0] > 0 and values[1] == 0
+        assert loss.item() == pytest.approx(sum(values) / 3, rel=1e-4)
+
+
+def test_sigmoid_scores():
+    model = make_predictor(*"MODEL.SSD.SCORE_FUNCTION sigmoid MODEL.SSD.HEAD conv".split())
+    losses = model(batch())
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+    (result,) = detect(model, {"image": image()})
+    images = model.preprocess_image([{"image": image()}])
+    with torch.no_grad():
+        features = [model.backbone(images.tensor)[name] for name in model.head_in_features]
+        logits, _ = model.head.flatten(*model.head(features))
+    expected = logits[0].double().sigmoid()
+    assert not torch.allclose(expected.sum(-1), torch.ones(()).double())
+    # the best box of each class, but never of the background
+    for number in range(3):
+        best = result.scores[result.pred_classes == number].max().item()
+        assert best == pytest.approx(expected[:, number].max().item(), rel=1e-5)
 
 
 def test_loss_keys_have_an_effect():
@@ -221,6 +291,58 @@ def test_a_backbone_of_ones_own():
     assert model.backbone.bottom_up.conv.weight.grad.any()
 
 
+RESNET18 = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+BY_CONFIG = {
+    "mobilenetv1": """MODEL.SSD.BOTTOM_UP build_mobilenetv1_backbone
+        MODEL.SSD.IN_FEATURES ['stage3','stage4'] MODEL.SSD.SAME_PADDING True
+        MODEL.SSD.EXTRA_BLOCK conv MODEL.SSD.HEAD conv""",
+    "mobilenetv2": """MODEL.SSD.IN_FEATURES ['stage6_expand','conv2'] MODEL.SSD.HEAD lite_last_1x1
+        MODEL.SSD.EXTRA_BLOCK inverted""",
+    "mobilenetv3": """MODEL.SSD.BOTTOM_UP build_mobilenetv3_backbone
+        MODEL.SSD.IN_FEATURES ['stage6_expand','conv2'] MODEL.MOBILENET.REDUCED_TAIL True
+        MODEL.SSD.EXTRA_BLOCK inverted_se MODEL.SSD.EXTRA_ACTIVATION Hardswish""",
+    "regnet": """MODEL.SSD.BOTTOM_UP build_regnet_backbone
+        MODEL.SSD.IN_FEATURES ['s2','s3']""",
+    "resnet": f"""MODEL.SSD.BOTTOM_UP build_resnet_backbone {RESNET18}
+        MODEL.RESNETS.OUT_FEATURES ['res3','res4'] MODEL.SSD.IN_FEATURES ['res3','res4']""",
+    "resnet-fpn": f"""MODEL.SSD.BOTTOM_UP build_resnet_fpn_backbone {RESNET18}
+        MODEL.RESNETS.OUT_FEATURES ['res3','res4','res5']
+        MODEL.FPN.IN_FEATURES ['res3','res4','res5'] MODEL.FPN.OUT_CHANNELS 32
+        MODEL.SSD.IN_FEATURES ['p3','p4','p5','p6'] MODEL.SSD.EXTRA_LAYERS []""",
+}
+SIDES = {"mobilenetv2": [6, 3, 2, 1], "mobilenetv3": [6, 3, 2, 1]}
+
+
+@pytest.mark.parametrize("name", BY_CONFIG)
+def test_backbones_by_config_alone(name):
+    model = make_predictor(*BY_CONFIG[name].split())
+    sides = SIDES.get(name, [12, 6, 3, 2])
+    assert model.boxes_per_level == [side * side * 4 for side in sides]
+    sum(model(batch()).values()).backward()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # Detectron2 freezes a ResNet's first stages
+            assert parameter.grad is not None, parameter_name
+            assert parameter.grad.isfinite().all(), parameter_name
+    assert any(p.grad is not None and p.grad.any() for p in model.backbone.bottom_up.parameters())
+    (result,) = detect(model, {"image": image()})
+    assert len(result) > 0 and result.pred_boxes.tensor.isfinite().all()
+
+
+def test_same_padding_reaches_backbone_and_extra_layers():
+    plain = make_predictor().eval().requires_grad_(False)
+    same = make_model("MODEL.SSD.SAME_PADDING", "True").eval().requires_grad_(False)
+    same.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 96, 96)
+    for name, expected in plain.backbone(x).items():
+        output = same.backbone(x)[name]
+        assert output.shape == expected.shape and not torch.allclose(output, expected), name
+    layers = [model.backbone.extra_layers[1] for model in (same, plain)]
+    x = torch.randn(1, 32, 4, 4) * 10
+    assert not torch.allclose(layers[0](x), layers[1](x))
+    x = x[:, :, :3, :3]  # an odd size is padded evenly
+    torch.testing.assert_close(layers[0](x), layers[1](x))
+
+
 def test_memory_format_changes_no_result():
     results = [
         detect(make_predictor("MODEL.SSD.CHANNELS_LAST", flag), {"image": image()})[0]
@@ -234,6 +356,9 @@ def test_batch_norm_keys_reach_every_layer():
     model = make_model("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.BATCH_NORM.MOMENTUM", "0.2")
     layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(layers) > 30 and {(m.eps, m.momentum) for m in layers} == {(0.007, 0.2)}
+    frozen = make_model("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.MOBILENET.NORM", "FrozenBN")
+    layers = [m for m in frozen.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
 
 
 def test_default_boxes_are_a_buffer_that_no_checkpoint_holds():
@@ -262,6 +387,16 @@ def test_head_that_does_not_fit_the_default_boxes():
         ("BBOX_REG_CLAMP", "lower"),
         ("MATCHING.BEST", "greedy"),
         ("LOSS.NORMALIZER", "boxes"),
+        ("SCORE_FUNCTION", "relu"),
+        ("HEAD", "heavy"),
+        ("EXTRA_BLOCK", "residual"),
+        ("EXTRA_ACTIVATION", "relu"),
+        ("NORM", "bn"),
+        ("DEFAULT_BOXES.CLIP", "corners"),
+        ("DEFAULT_BOXES.MIN_SIZES", "[12.0,12.0,48.0,72.0]"),
+        ("DEFAULT_BOXES.MIN_SIZES", "[12.0,24.0,48.0]"),
+        ("IN_FEATURES", "['stage6_expand']"),
+        ("IN_FEATURES", "['res3']"),
     ],
 )
 def test_wrong_value_is_an_error_before_training(key, value):
