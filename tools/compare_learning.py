@@ -42,7 +42,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 BASE = Path(__file__).parent.parent / "labs/_base_/ssdlite_mobilenetv3.yaml"
 CLASSES = ["RBC", "WBC", "Platelets"]
-# The published recipe with PEERS' budget: batch 8 and its learning rate.
+# The base's recipe (crop and flip only, cosine), with a batch and a rate for a small data set.
 RECIPE = {
     "MODEL.SSD.NUM_CLASSES": 3,
     "DATASETS.TRAIN": "('bccd_trainval',)",

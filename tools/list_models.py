@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Prints README's table of all labs: list_models.py [--check README.md]
 
-Parameters and floating-point operations (a multiply-add counts once, as fvcore counts) are those
-of the network at the lab's input size: backbone, extra layers and head.
+Parameters and floating-point operations are those of the network at the lab's input size: backbone,
+extra layers and head. As torchvision counts, the latter are the convolutions' multiply-adds.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def row(name: str) -> str:
         f"[{name}](labs/{name}/{'README.md' if name in _MEASURED else 'config.yaml'})",
         len(model.default_boxes),
         f"{parameter_count(network)[''] / 1e6:.2f}",
-        f"{flops.total() / 1e9:.2f}",
+        f"{flops.by_operator()['conv'] / 1e9:.2f}",
         published,
         _EQUAL_TO.get(name, "–"),
         _MEASURED.get(name, "not trained"),

@@ -10,15 +10,31 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-from ssd.checkpoint import mmdet, torchvision, vgg
+from ssd.checkpoint import mmdet, mobilenet, torchvision, vgg
 
 __all__ = ["SSDCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
+_TORCHVISION = "https://download.pytorch.org/models/"
 _WHERE = {
     "vgg16_reducedfc.pth": "https://s3.amazonaws.com/amdegroot-models/vgg16_reducedfc.pth",
-    "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "mobilenet_v1_with_relu_69_5.pth": (
+        "https://storage.googleapis.com/models-hao/mobilenet_v1_with_relu_69_5.pth"
+    ),
+    "mobilenetv3-large-1cd25616.pth": (
+        "https://github.com/d-li14/mobilenetv3.pytorch/raw/master/pretrained/"
+        "mobilenetv3-large-1cd25616.pth"
+    ),
+    **{
+        name: _TORCHVISION + name
+        for name in (
+            "vgg16-397923af.pth",
+            "vgg16_features-amdegroot-88682ab5.pth",
+            "mobilenet_v2-b0353104.pth",
+            "resnet50-0676ba61.pth",
+        )
+    },
 }
 
 
@@ -27,7 +43,7 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     Reads, recognised by their parameter names: our own; MMDetection 3.x SSD and SSDLite;
     torchvision's SSD300 and SSDLite; of backbones VGG16 reduced-fc and torchvision's ``vgg16``,
-    ``mobilenet_v2``, ``mobilenet_v3_large`` and ResNets.
+    ``mobilenet_v2``, ``mobilenet_v3_large`` and ResNets, qfgaohao's MobileNetV1, d-li14's V3.
     """
 
     def __init__(self, model, save_dir: str = "", *, cfg=None, strict: bool = False, **kwargs):
@@ -127,6 +143,9 @@ class SSDCheckpointer(DetectionCheckpointer):
         elif kind := torchvision.recognises_backbone(state):
             logger.info("Found torchvision's %s", kind)
             state = torchvision.convert_backbone(state, self._pixel_std, self._input_format)
+        elif kind := mobilenet.recognises(state):
+            logger.info("Found a %s classifier", kind)
+            state = mobilenet.convert(state, self._pixel_std, self._input_format)
         elif vgg.recognises(state):
             state, found = vgg.convert(state, self._pixel_std, self._input_format)
             logger.info("Found %s", found)

@@ -1,6 +1,6 @@
 """What weights of several lineages need done to them."""
 
-from typing import Sequence
+from typing import Dict, Sequence
 
 import torch
 from torch import Tensor
@@ -12,19 +12,31 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def adapt_first_layer(
-    weight: Tensor, input_std: Sequence[float], pixel_std: Sequence[float], input_format: str
-) -> Tensor:
-    """A first convolution made for RGB / ``input_std`` to one for the config's images.
+    state: Dict[str, Tensor],
+    name: str,
+    input_std: Sequence[float],
+    pixel_std: Sequence[float],
+    input_format: str,
+) -> None:
+    """Adapts a first convolution made for RGB / ``input_std`` to the config's images, in ``state``.
+
+    Where BatchNorm follows, the common part of the scale goes into its statistics: in the weights
+    it would change the size of a training step relative to theirs.
 
     Args:
-        weight: (C, 3, H, W).
+        name: of the convolution, without ".weight".
         input_std: what the weights expect 0-255 values to be divided by.
         pixel_std, input_format: ``MODEL.PIXEL_STD`` and ``INPUT.FORMAT``.
     """
-    scale = torch.tensor(input_std)
+    weight, scale = state[f"{name}.weight"], torch.tensor(pixel_std) / torch.tensor(input_std)
     if input_format == "BGR":
-        weight, scale = weight.flip(1), scale.flip(0)
-    return weight * (torch.tensor(pixel_std) / scale)[None, :, None, None]
+        weight, scale = weight.flip(1), torch.tensor(pixel_std) / torch.tensor(input_std).flip(0)
+    if f"{name}.norm.running_var" in state:
+        common = scale.mean()
+        scale = scale / common
+        state[f"{name}.norm.running_mean"] = state[f"{name}.norm.running_mean"] / common
+        state[f"{name}.norm.running_var"] = state[f"{name}.norm.running_var"] / common**2
+    state[f"{name}.weight"] = weight * scale[None, :, None, None]
 
 
 def background_last(value: Tensor, num_anchors: int) -> Tensor:

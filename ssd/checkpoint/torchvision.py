@@ -1,17 +1,16 @@
 """Parameter names of torchvision's SSD300, SSDLite320, and of its classifiers' backbones."""
 
 import re
-from typing import Dict, List, Tuple
+from typing import Dict, Tuple
 
 from torch import Tensor
 
 from ssd.checkpoint.layers import IMAGENET_STD, adapt_first_layer, background_last
+from ssd.checkpoint.mobilenet import block_names
 from ssd.checkpoint.vgg import CONV_NAMES
 
 __all__ = ["convert", "convert_backbone", "recognises", "recognises_backbone"]
 
-# Blocks in each stage, of our MobileNets.
-_MOBILENET_STAGES = {"v2": (1, 2, 3, 4, 3, 3, 1), "v3": (1, 2, 3, 4, 2, 3)}
 _HEAD = re.compile(r"head\.(classification|regression)_head\.module_list\.(\d+)\.(.+)")
 _PREFIX = "backbone.bottom_up."
 
@@ -86,9 +85,8 @@ def convert_backbone(
     else:
         result = _mobilenet(features, kind.removeprefix("mobilenet_"))
         result.update({k: v for k, v in state.items() if not k.startswith("features.")})
-    first = _PREFIX + ("stem.conv1.weight" if kind == "resnet" else "conv1.weight")
-    input_std = [255 * std for std in IMAGENET_STD]
-    result[first] = adapt_first_layer(result[first], input_std, pixel_std, input_format)
+    first = _PREFIX + ("stem.conv1" if kind == "resnet" else "conv1")
+    adapt_first_layer(result, first, [255 * x for x in IMAGENET_STD], pixel_std, input_format)
     return result
 
 
@@ -110,12 +108,7 @@ def _extra_name(index: int, rest: str, is_vgg: bool) -> str:
 
 def _mobilenet(features: Dict[str, Tensor], version: str) -> Dict[str, Tensor]:
     """Parameters of a ``features`` sequence: first convolution, blocks, last convolution."""
-    blocks: List[str] = [
-        f"stage{stage}.{block}"
-        for stage, count in enumerate(_MOBILENET_STAGES[version], 1)
-        for block in range(count)
-    ]
-    names = ["conv1", *blocks, "conv2"]
+    names = block_names(version)
     result = {}
     for key, value in features.items():
         index, rest = key.split(".", 1)

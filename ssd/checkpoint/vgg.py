@@ -53,7 +53,6 @@ def convert(
             if (key := f"{prefix}{index}.{leaf}") in state:
                 result[f"backbone.bottom_up.{name}.{leaf}"] = rest.pop(key).clone()
     found = "VGG16 reduced-fc"
-    first = result["backbone.bottom_up.conv1_1.weight"]
     input_std = (1.0, 1.0, 1.0)
     if "classifier.0.weight" in state and state["classifier.0.weight"].isnan().any():
         found = "torchvision VGG16 features for SSD, without a classifier: fc6 and fc7 stay fresh"
@@ -70,8 +69,8 @@ def convert(
         input_std = [255 * std for std in IMAGENET_STD]
     if input_format == "BGR":
         found += ", first layer reversed to BGR"
-    first = adapt_first_layer(first, input_std, pixel_std, input_format)
-    result["backbone.bottom_up.conv1_1.weight"] = first
+    name = "backbone.bottom_up.conv1_1"
+    adapt_first_layer(result, name, input_std, pixel_std, input_format)
     return {**result, **rest}, found
 
 

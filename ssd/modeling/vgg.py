@@ -37,6 +37,8 @@ class VGG16(Backbone):
             self._out_feature_strides[name] = 2 ** (stage - 1)
         self.fc6 = _conv(512, 1024, 3, padding=6, dilation=6)
         self.fc7 = _conv(1024, 1024, 1)
+        for layer in (self.fc6, self.fc7):  # as torchvision, whose VGG16 lacks them
+            nn.init.xavier_uniform_(layer.weight)
         self._out_feature_channels["fc7"] = 1024
         self._out_feature_strides["fc7"] = 16
         self._out_features = check_out_features(out_features, self._out_feature_channels)

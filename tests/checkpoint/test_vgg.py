@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.modeling import build_model
 from torchvision.models import vgg16
 
-from ssd.checkpoint import vgg
+from ssd import model_zoo
+from ssd.checkpoint import SSDCheckpointer, vgg
+from ssd.config import load_config
 from ssd.modeling import VGG16
 
 ONES = (1.0, 1.0, 1.0)
@@ -17,6 +20,16 @@ OURS = "backbone.bottom_up."
 def torchvision_state():
     torch.manual_seed(0)
     return vgg16(weights=None, init_weights=False).state_dict()
+
+
+@pytest.fixture(scope="module")
+def features_state(torchvision_state):
+    """As torchvision's IMAGENET1K_FEATURES: the classifier is there, and NaN."""
+    nan = torch.tensor(float("nan"))
+    return {
+        name: nan.expand(x.shape) if name.startswith("classifier.") else x
+        for name, x in torchvision_state.items()
+    }
 
 
 def reduced_fc(prefix):
@@ -110,3 +123,40 @@ def test_first_layer_of_reduced_fc_for_bgr_and_another_scale():
     # our blue, channel 0, is divided by 2; the file's blue is channel 2
     for ours, scale, channel in ((0, 2, 2), (1, 3, 1), (2, 4, 0)):
         assert torch.equal(first[:, ours], scale * theirs[:, channel])
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_torchvisions_features_for_ssd_are_scaled_by_pixel_std_alone(features_state, order):
+    result, found = vgg.convert(features_state, (2.0, 3.0, 4.0), order)
+    assert "features for SSD" in found and "fc6 and fc7 stay fresh" in found
+    with torch.device("meta"):
+        names = {OURS + name for name in VGG16().state_dict() if not name.startswith("fc")}
+    assert {name for name in result if name.startswith(OURS)} == names
+    # the rest is left to be named as unused
+    classifier = {name for name in features_state if name.startswith("classifier.")}
+    assert set(result) == names | classifier
+    first, theirs = result[OURS + "conv1_1.weight"], features_state["features.0.weight"]
+    for ours, scale in enumerate((2, 3, 4)):
+        assert torch.equal(first[:, ours], scale * theirs[:, ours if order == "RGB" else 2 - ours])
+    assert torch.equal(result[OURS + "conv5_3.bias"], features_state["features.28.bias"])
+
+
+def test_lab_that_starts_with_torchvisions_features(features_state, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = str(tmp_path / "vgg16_features-amdegroot-88682ab5.pth")
+    torch.save(features_state, path)
+    config_file = model_zoo.get_config_file("ssd_vgg16_size300_torchvision")
+    cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", "MODEL.SSD.NUM_CLASSES", "1"])
+    model = build_model(cfg)
+    fresh = {name: x.clone() for name, x in model.state_dict().items()}
+
+    SSDCheckpointer(model, cfg=cfg).load(path)
+    index = {name: number for number, name in vgg.CONV_NAMES.items()}
+    for name, value in model.state_dict().items():
+        is_conv = name.startswith(OURS) and ".fc" not in name
+        layer, leaf = name.split(".")[-2:]
+        theirs = features_state[f"features.{index[layer]}.{leaf}"] if is_conv else fresh[name]
+        assert torch.equal(value, theirs), name
+    assert "Found torchvision VGG16 features for SSD" in caplog.text
+    with pytest.raises(ValueError, match=r"missing .*fc6\.weight"):
+        SSDCheckpointer(model, cfg=cfg, strict=True).load(path)

@@ -1,0 +1,110 @@
+"""Backbone weights of d-li14's MobileNetV3-Large and qfgaohao's MobileNetV1, by their names."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from ssd.checkpoint import SSDCheckpointer, mobilenet
+from ssd.config import load_config
+
+BLOCKS = [  # hidden and output channels, kernel, squeeze width of features.1 … 15
+    (16, 16, 3, 0), (64, 24, 3, 0), (72, 24, 3, 0), (72, 40, 5, 24), (120, 40, 5, 32),
+    (120, 40, 5, 32), (240, 80, 3, 0), (200, 80, 3, 0), (184, 80, 3, 0), (184, 80, 3, 0),
+    (480, 112, 3, 120), (672, 112, 3, 168), (672, 160, 5, 168), (960, 160, 5, 240),
+    (960, 160, 5, 240),
+]  # fmt: skip
+
+
+def norm(name, channels):
+    shapes = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    state = {f"{name}.{leaf}": mean + 0.1 * torch.rand(channels) for leaf, mean in shapes.items()}
+    return {**state, f"{name}.num_batches_tracked": torch.tensor(1)}
+
+
+def conv(name, outputs, inputs, kernel=1):
+    return {f"{name}.weight": torch.randn(outputs, inputs, kernel, kernel) / (inputs**0.5 * kernel)}
+
+
+def mobilenetv3():
+    state = {**conv("features.0.0", 16, 3, 3), **norm("features.0.1", 16)}
+    inputs = 16
+    for number, (hidden, outputs, kernel, squeeze) in enumerate(BLOCKS, 1):
+        at, name = 0, f"features.{number}.conv"
+        if number > 1:
+            state |= {**conv(f"{name}.0", hidden, inputs), **norm(f"{name}.1", hidden)}
+            at = 3
+        state |= {**conv(f"{name}.{at}", hidden, 1, kernel), **norm(f"{name}.{at + 1}", hidden)}
+        for layer, shape in (("0", (squeeze, hidden)), ("2", (hidden, squeeze))):
+            if squeeze:
+                state[f"{name}.5.fc.{layer}.weight"] = torch.randn(shape) / shape[1] ** 0.5
+                state[f"{name}.5.fc.{layer}.bias"] = torch.randn(shape[0])
+        at = 7 if number > 1 else 4
+        state |= {**conv(f"{name}.{at}", outputs, hidden), **norm(f"{name}.{at + 1}", outputs)}
+        inputs = outputs
+    state |= {**conv("conv.0", 960, 160), **norm("conv.1", 960)}
+    return {**state, "classifier.0.weight": torch.zeros(1280, 960)}
+
+
+def mobilenetv1():
+    state = {**conv("0.0", 32, 3, 3), **norm("0.1", 32)}
+    inputs = 32
+    for number, outputs in enumerate([64, 128, 128, 256, 256, *[512] * 6, 1024, 1024], 1):
+        state |= {**conv(f"{number}.0", inputs, 1, 3), **norm(f"{number}.1", inputs)}
+        state |= {**conv(f"{number}.3", outputs, inputs), **norm(f"{number}.4", outputs)}
+        inputs = outputs
+    return state
+
+
+@pytest.mark.parametrize(
+    "lab, make",
+    [
+        ("ssdlite_mobilenetv3_size320_voc0712", mobilenetv3),
+        ("ssd_mobilenetv1_size300_voc0712", mobilenetv1),
+    ],
+)
+def test_a_classifier_fills_the_bottom_up(repo, tmp_path, lab, make):
+    torch.manual_seed(0)
+    state = make()
+    torch.save(state, tmp_path / "weights.pth")
+    cfg = load_config(str(repo / f"labs/{lab}/config.yaml"), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    bottom_up = model.backbone.bottom_up
+    with torch.no_grad():
+        for value in bottom_up.state_dict().values():
+            value.fill_(-7)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "weights.pth"))
+    # each of the file's values is there once, in the order of the layers
+    expected = [x for name, x in state.items() if not name.startswith("classifier")]
+    for (name, value), source in zip(bottom_up.state_dict().items(), expected, strict=True):
+        if make is mobilenetv3 and name.startswith("conv1"):
+            assert value.shape == source.shape and not (value == -7).any()  # adapted, see below
+        else:
+            assert torch.equal(value.reshape(source.shape), source), name
+
+
+def test_the_first_layer_keeps_its_output_and_its_size():
+    """Inputs of std 1 into weights for inputs of unit variance, with BatchNorm behind."""
+    torch.manual_seed(0)
+    state = mobilenetv3()
+    converted = mobilenet.convert(state, (1.0, 1.0, 1.0), "BGR")
+    prefix = "backbone.bottom_up.conv1"
+    image = 100 * torch.randn(2, 3, 16, 16)  # RGB, without its mean
+    std = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    def forward(x, state, conv, norm):
+        names = ("running_mean", "running_var", "weight", "bias")
+        x = nn.functional.conv2d(x, state[f"{conv}.weight"])
+        return nn.functional.batch_norm(x, *(state[f"{norm}.{name}"] for name in names))
+
+    expected = forward(image / std, state, "features.0.0", "features.0.1")
+    actual = forward(image.flip(1), converted, prefix, f"{prefix}.norm")
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    ratio = converted[f"{prefix}.weight"].norm() / state["features.0.0.weight"].norm()
+    assert 0.9 < ratio < 1.1
+
+
+def test_other_files_are_not_taken_for_these():
+    assert mobilenet.recognises(mobilenetv1()) == "MobileNetV1"
+    assert mobilenet.recognises(mobilenetv3()) == "MobileNetV3"
+    assert not mobilenet.recognises({"features.0.0.weight": 0, "features.1.conv.0.0.weight": 0})

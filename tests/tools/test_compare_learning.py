@@ -1,0 +1,63 @@
+"""The side-by-side training with torchvision, for two iterations on BCCD."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compare(folder, bccd, *args):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "DETECTRON2_DATASETS": str(bccd)}
+    env.update(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
+    command = [sys.executable, ROOT / "tools/compare_learning.py", "--output", folder, *args]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def results(bccd, tmp_path_factory):
+    """Folder of the results of one run of each."""
+    folder = tmp_path_factory.mktemp("learning")
+    args = "--contenders torchvision ours --seeds 3 --iterations 2 --device cpu".split()
+    compare(folder, bccd, *args)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["torchvision", "ours"])
+def test_result_of_a_run(results, name):
+    result = json.loads((results / f"{name}_3.json").read_text())
+    assert (result["name"], result["seed"], result["iterations"]) == (name, 3, 2)
+    assert result["device"] == "cpu" and result["seconds"] > 0
+    assert all(0 < loss < 100 for losses in result["losses"] for loss in losses)
+    assert [len(losses) for losses in result["losses"]] == [2, 2]
+    (evaluation,) = result["evaluations"]
+    assert evaluation["iteration"] == 2
+    classes = {f"AP-{name}" for name in ("RBC", "WBC", "Platelets")}
+    assert {"AP", "AP50", *classes} <= evaluation.keys()
+    assert all(0 <= evaluation[key] <= 100 for key in ("AP", "AP50", *classes))
+
+
+def test_contenders_start_alike(results):
+    """They differ only in which of equal default boxes an object takes."""
+    theirs, ours = (
+        json.loads((results / f"{name}_3.json").read_text())["losses"][0]
+        for name in ("torchvision", "ours")
+    )
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_runs_that_are_there_are_plotted(results, bccd, tmp_path):
+    text = compare(results, bccd, "--plot", tmp_path / "learning.png")
+    assert "torchvision, its recipe: AP50" in text and "ours, torchvision's recipe: AP50" in text
+    assert "ours, own recipe" not in text
+    with Image.open(tmp_path / "learning.png") as image:
+        assert image.size == (1100, 440)
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 100  # something is drawn

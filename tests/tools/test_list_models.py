@@ -1,0 +1,62 @@
+"""README's table of labs is the tool's, and agrees with what torchvision publishes."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models.detection import SSD300_VGG16_Weights, SSDLite320_MobileNet_V3_Large_Weights
+
+from ssd import model_zoo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("list_models", ROOT / "tools/list_models.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def lines(tool):
+    """Lab to its line of README's table."""
+    _, found, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(tool._HEADER)
+    assert found, "README.md holds no table with the header of tools/list_models.py"
+    rows = re.match(r"(\|.*\n)*", rest)[0].splitlines(keepends=True)
+    return {re.match(r"\| \[(\w+)\]", row)[1]: row for row in rows}
+
+
+def test_table_has_every_lab_in_order(lines):
+    assert list(lines) == model_zoo.names()
+
+
+def test_links_lead_to_files(lines):
+    for name, row in lines.items():
+        path = re.search(r"\]\((labs/.+?)\)", row)[1]
+        assert path.startswith(f"labs/{name}/") and (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart", "ssdlite_mobilenetv3_size320", "ssdlite_mobilenetv2_size300_tf"]
+)
+def test_table_is_what_the_tool_prints(tool, lines, name):
+    with torch.no_grad():
+        assert tool.row(name) == lines[name]
+
+
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("ssd_vgg16_size300_torchvision", SSD300_VGG16_Weights.COCO_V1),
+        ("ssdlite_mobilenetv3_size320", SSDLite320_MobileNet_V3_Large_Weights.COCO_V1),
+    ],
+)
+def test_sizes_that_torchvision_publishes(lines, name, weights):
+    _, _, parameters, gflops, *_ = [cell.strip() for cell in lines[name].strip("|\n").split("|")]
+    assert parameters == f"{weights.meta['num_params'] / 1e6:.2f}"
+    assert float(gflops) == pytest.approx(weights.meta["_ops"], rel=0.01)
+    assert f"]({weights.url})" in lines[name]
