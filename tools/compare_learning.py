@@ -24,6 +24,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -31,9 +32,11 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.ops import box_iou
 
 from ssd import load_config
 from ssd.checkpoint import torchvision as torchvision_names
+from ssd.data.datasets import xyxy_boxes
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.evaluation import build_evaluator
 
@@ -101,12 +104,17 @@ class TorchvisionSSD(nn.Module):
         return results
 
 
+def config(name: str, device: str, *opts):
+    """A contender's config with further KEY, VALUE pairs."""
+    keys = {**RECIPE, **(OWN_RECIPE if name == "ours_own_recipe" else {}), "MODEL.DEVICE": device}
+    return load_config(str(BASE), [*(item for pair in keys.items() for item in pair), *opts])
+
+
 def run(name: str, seed: int, args) -> dict:
     """Trains one contender; returns losses of every iteration and evaluations."""
-    keys = {**RECIPE, **(OWN_RECIPE if name == "ours_own_recipe" else {})}
-    keys.update({"SEED": seed, "SOLVER.MAX_ITER": args.iterations, "MODEL.DEVICE": args.device})
-    keys["OUTPUT_DIR"] = os.path.join(args.output, f"{name}_{seed}")
-    cfg = load_config(str(BASE), [item for pair in keys.items() for item in pair])
+    folder = os.path.join(args.output, f"{name}_{seed}")
+    opts = ["SEED", seed, "SOLVER.MAX_ITER", args.iterations, "OUTPUT_DIR", folder]
+    cfg = config(name, args.device, *opts)
     torch.manual_seed(seed)
     reference = ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=len(CLASSES) + 1
@@ -148,6 +156,27 @@ def run(name: str, seed: int, args) -> dict:
     }  # fmt: skip
 
 
+def print_recall() -> None:
+    """Of each class the best IoU that its objects have with a default box."""
+    for name in ("ours", "ours_own_recipe"):  # torchvision's default boxes are those of "ours"
+        cfg = config(name, "cpu")
+        defaults = build_model(cfg).default_boxes
+        height, width = cfg.MODEL.SSD.INPUT_SIZE
+        best = {label: [] for label in CLASSES}
+        for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]):
+            boxes = torch.from_numpy(xyxy_boxes(record["annotations"])).float()
+            scale = torch.tensor([width / record["width"], height / record["height"]] * 2)
+            iou = box_iou(boxes * scale, defaults).amax(dim=1).tolist()
+            for annotation, value in zip(record["annotations"], iou):
+                best[CLASSES[annotation["category_id"]]].append(value)
+        for label, values in best.items():
+            share = 100 * np.mean(np.array(values) >= 0.5)
+            print(
+                f"{NAMES[name]}: {label}, {len(values)} objects: {share:.1f} % have an IoU of 0.5 "
+                f"with a default box, the median of the best IoU is {np.median(values):.2f}"
+            )
+
+
 def plot(folder: str, path: str) -> None:
     """AP and AP50 of all runs in ``folder``: mean and spread (min to max) over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
@@ -184,14 +213,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, help="folder of the runs' results")
+    parser.add_argument("--output", default="output/learning", help="folder of the results")
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=1200)
     parser.add_argument("--eval-period", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", metavar="PNG", help="only plot the runs of --output")
+    parser.add_argument("--recall", action="store_true", help="only print default boxes' IoU")
     args = parser.parse_args()
+    if args.recall:
+        print_recall()
+        return
     if args.plot:
         plot(args.output, args.plot)
         return
