@@ -22,8 +22,8 @@ class L2Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape; computed in float32 also under autocast."""
-        values = x.float()
+        """(N, C, H, W) to the same shape; computed in at least float32 also under autocast."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
         norm = values.square().sum(dim=1, keepdim=True).sqrt() + self.eps
         return (self.weight[None, :, None, None] * values / norm).to(x.dtype)
 
