@@ -17,12 +17,14 @@ from torch import nn
 from ssd import model_zoo
 from ssd.config import load_config
 
-# Published results of labs for which the zoo has no weights.
+# Published results without weights that the zoo lists.
 _PUBLISHED = {
     "ssd_vgg16_size300": "23.2 AP, COCO test-dev (paper)",
     "ssd_vgg16_size300_expand_aug": "25.1 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size300_voc0712": "77.2 mAP, VOC2007 test (paper)",
     "ssd_vgg16_size512": "26.8 AP, COCO test-dev (paper)",
     "ssd_vgg16_size512_expand_aug": "28.8 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size512_voc0712": "79.8 mAP, VOC2007 test (paper)",
     "ssdlite_mobilenetv2_size300_tf": "22 AP, COCO minival2014 (TensorFlow)",
 }
 # Results measured here; a lab's README says how.
@@ -74,16 +76,16 @@ def row(name: str) -> str:
     network = Network(model)
     flops = FlopCountAnalysis(network, torch.zeros(1, 3, *model.input_size))
     flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    published = _PUBLISHED.get(name, "–")
+    published = [_PUBLISHED[name]] if name in _PUBLISHED else []
     if name in model_zoo._PUBLISHED:
         weights = model_zoo._PUBLISHED[name]
-        published = f"[{weights.result}]({weights.url}) ({weights.lineage})"
+        published.append(f"[{weights.result}]({weights.url}) ({weights.lineage})")
     cells = [
         f"[{name}](labs/{name}/{'README.md' if name in _MEASURED else 'config.yaml'})",
         len(model.default_boxes),
         f"{parameter_count(network)[''] / 1e6:.2f}",
         f"{flops.by_operator()['conv'] / 1e9:.2f}",
-        published,
+        "; ".join(published) or "–",
         _EQUAL_TO.get(name, "–"),
         _MEASURED.get(name, "not trained"),
     ]
