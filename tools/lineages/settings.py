@@ -189,12 +189,12 @@ DEVIATIONS = """\
 - **VGG16 on VOC.** The labs are Caffe's definition. The model zoo's weights for them are lufficc's,
   and it sets lufficc's default boxes with them, but 400 candidates per class in place of all.
 - **NVIDIA.** IoU > 0.5, here ≥. Tests with PIL's antialiased resize, here without antialiasing.
-  Distorts after the resize, in one order. Trains in float16. Its data loading (DALI) and its box
-  encoder (CUDA) are known from their documentation only.
+  Distorts after the resize, in one order. Trains in float16. DALI's own operators and the CUDA
+  box encoder weren't read.
 - **TensorFlow.** Trains with RMSProp (0.004, ×0.95 every 800k steps) and other crops (coverage of
   objects, not IoU); the lab has MMDetection's schedule and Caffe's crops. Its mining first drops
   near duplicates (NMS at 0.99 of the predicted boxes). Its ratio is 0.3333. It keeps 100 of each
-  class after NMS; here 200 enter it. Its resize has no half-pixel centres.
+  class after NMS; here 200 enter it. Its resize has no half-pixel centres (not verified).
 """
 
 
