@@ -20,12 +20,13 @@ def add_ssd_config(cfg: CN) -> None:
     """Adds the keys of SSD to ``cfg`` in place. Existing keys keep their values."""
     if "SSD" in cfg.MODEL:
         return
-    _add_model_keys(cfg)
+    _add_ssd_keys(cfg)
+    _add_backbone_keys(cfg)
     _add_input_keys(cfg)
     _add_run_keys(cfg)
 
 
-def _add_model_keys(cfg: CN) -> None:
+def _add_ssd_keys(cfg: CN) -> None:
     ssd = cfg.MODEL.SSD = CN()
     # (height, width) of the network's input in pixels; the only place where it stands.
     ssd.INPUT_SIZE = [300, 300]
@@ -102,6 +103,8 @@ def _add_model_keys(cfg: CN) -> None:
     # where those outside it compete for DETECTIONS_PER_IMAGE (Caffe).
     ssd.CLIP_TEST = "before_nms"
 
+
+def _add_backbone_keys(cfg: CN) -> None:
     mobilenet = cfg.MODEL.MOBILENET = CN()
     mobilenet.WIDTH_MULT = 1.0
     mobilenet.NORM = "BN"  # or "SyncBN" (statistics of all GPUs), "FrozenBN", …

@@ -90,3 +90,23 @@ def bccd(repo):
     if not (folder / "bccd" / "Annotations").is_dir():
         pytest.skip("no BCCD data set")
     return folder
+
+
+def _assert_equal(a, b, where="value"):
+    """Compares nested dictionaries and lists of tensors and values bit by bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            _assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            _assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+@pytest.fixture(scope="session")
+def assert_equal():
+    return _assert_equal

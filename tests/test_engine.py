@@ -58,22 +58,6 @@ def checkpoint(cfg, name):
     return torch.load(os.path.join(cfg.OUTPUT_DIR, name), weights_only=True)
 
 
-def assert_equal(a, b, where=""):
-    """Compares nested dictionaries and lists of tensors and values bit by bit."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
 @pytest.mark.parametrize("max_iter", [1, 2])  # the last iteration, or one before it
 def test_non_finite_loss_stops_with_terms_iteration_and_files_and_saves_nothing(
     tiny_cfg, datasets_folder, max_iter
@@ -314,7 +298,7 @@ def test_decay_outside_its_range_is_refused(decay):
         WeightAverage(torch.nn.Linear(1, 1), decay)
 
 
-def test_resumed_run_has_the_same_averages(tiny_cfg):
+def test_resumed_run_has_the_same_averages(tiny_cfg, assert_equal):
     opts = "SOLVER.EMA.ENABLED True SOLVER.AMP.ENABLED True SOLVER.CHECKPOINT_PERIOD 2"
     cfg = tiny_cfg(*opts.split(), "SOLVER.MAX_EPOCHS", 1)  # 4 iterations
     train(cfg, WeighingTrainer)
@@ -332,7 +316,7 @@ def test_resumed_run_has_the_same_averages(tiny_cfg):
     assert_equal(resumed, whole)
 
 
-def test_averaging_can_begin_at_a_resume(tiny_cfg):
+def test_averaging_can_begin_at_a_resume(tiny_cfg, assert_equal):
     cfg = tiny_cfg("SOLVER.MAX_ITER", 1)
     train(cfg, WeighingTrainer)
     trained = checkpoint(cfg, "model_final.pth")
@@ -342,7 +326,7 @@ def test_averaging_can_begin_at_a_resume(tiny_cfg):
     assert_equal(dict(trainer.evaluated_model.state_dict()), dict(trained["model"]))
 
 
-def test_evaluations_and_the_best_checkpoint_are_of_the_averaged_weights(tiny_cfg):
+def test_evaluations_and_the_best_checkpoint_are_of_the_averaged_weights(tiny_cfg, assert_equal):
     opts = "SOLVER.EMA.ENABLED True SOLVER.MAX_ITER 3 SOLVER.CHECKPOINT_PERIOD 1"
     opts += " TEST.EVAL_PERIOD 1 TEST.BEST_METRIC bbox/AP50"
     cfg = tiny_cfg(*opts.split())
@@ -364,7 +348,7 @@ def test_evaluations_and_the_best_checkpoint_are_of_the_averaged_weights(tiny_cf
     (False, True, "model", "There are no averaged weights (SOLVER.EMA)"),
 ])  # fmt: skip
 def test_evaluation_of_a_file_takes_its_averaged_weights(
-    tiny_cfg, caplog, saved_with, enabled, key, message
+    tiny_cfg, caplog, saved_with, enabled, key, message, assert_equal
 ):
     cfg = tiny_cfg("SOLVER.EMA.ENABLED", saved_with, "SOLVER.MAX_ITER", 1)
     train(cfg, WeighingTrainer)
@@ -437,7 +421,7 @@ def test_synchronised_batch_norm_of_two_processes_equals_batch_norm_of_one(
         )
 
 
-def test_frozen_batch_norm_trains_with_unchanged_statistics(tiny_cfg):
+def test_frozen_batch_norm_trains_with_unchanged_statistics(tiny_cfg, assert_equal):
     cfg = tiny_cfg(*norm_opts("FrozenBN"), "SOLVER.MAX_ITER", 2)
     seed_all_rng(cfg.SEED)
     trainer = WeighingTrainer(cfg)

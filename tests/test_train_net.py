@@ -110,21 +110,6 @@ def first_iteration(text):
     return int(re.search(r"Starting training from iteration (\d+)", text)[1])
 
 
-def assert_equal(a, b, where="checkpoint"):
-    """Compares nested dictionaries and lists of tensors and values bit by bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
-
-
 @pytest.fixture(scope="module")
 def whole_run(start, tmp_path_factory):
     """Folder and printed text of a run without interruption."""
@@ -166,7 +151,9 @@ def test_eval_only_gives_the_numbers_of_the_training_run(whole_run, start, tmp_p
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_killed_and_interrupted_run_resumes_to_the_same_weights(whole_run, start, tmp_path):
+def test_killed_and_interrupted_run_resumes_to_the_same_weights(
+    whole_run, start, tmp_path, assert_equal
+):
     killed = start(RUN, tmp_path)
     killed.wait_for_checkpoint(after=2)  # so the first one is finished, with its tag
     killed.kill()

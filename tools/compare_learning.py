@@ -200,6 +200,14 @@ def plot(folder: str, path: str) -> None:
         for key in sorted(classes):
             mean = np.mean([r["evaluations"][-1][key] for r in runs])
             print(f"    {key} {mean:.1f}")
+    for theirs in sorted(Path(folder).glob("torchvision_*.json")):
+        ours = theirs.with_name(theirs.name.replace("torchvision", "ours"))
+        if ours.exists():
+            a, b = (np.array(json.loads(file.read_text())["losses"]) for file in (theirs, ours))
+            apart = 100 * abs(a - b) / a
+            for i in (0, min(49, len(apart) - 1)):
+                cls, box = apart[i]
+                print(f"{ours.stem}, iteration {i + 1}: losses {cls:.3f} % and {box:.2f} % apart")
     for axis, metric in zip(axes, ("AP", "AP50")):
         axis.set(xlabel="iteration (batch 8)", ylabel=f"{metric} on BCCD test", ylim=(0, None))
         axis.grid(alpha=0.3)
