@@ -10,5 +10,6 @@ except ImportError as error:
 
 from ssd import modeling  # noqa: F401  registers architecture, backbones and default boxes
 from ssd.config import add_ssd_config, load_config
+from ssd.predictor import Predictor  # its model zoo registers zoo:// with PathManager
 
-__all__ = ["add_ssd_config", "load_config"]
+__all__ = ["Predictor", "add_ssd_config", "load_config"]

@@ -31,12 +31,19 @@ def _add_ssd_keys(cfg: CN) -> None:
     # (height, width) of the network's input in pixels; the only place where it stands.
     ssd.INPUT_SIZE = [300, 300]
     ssd.NUM_CLASSES = 80  # K foreground classes, any K >= 1; class K is the background
+    # Fine-tuning from a detector with other classes: for each own class the weights' class, by
+    # number (from 0, without background) or name, or -1 for a fresh start. Empty: classes of equal
+    # name keep their weights (see ssd.checkpoint.classes).
+    ssd.CLASS_MAP = []
 
     # The backbone that SSD extends: a name in BACKBONE_REGISTRY, and those of its outputs that
     # the head reads (the last one also feeds the extra layers).
     ssd.BOTTOM_UP = "build_vgg16_backbone"
     ssd.IN_FEATURES = ["conv4_3", "fc7"]
-    ssd.L2_NORM_FEATURES = ["conv4_3"]  # ParseNet's L2Norm, initial scale 20 (paper, 3.1)
+    # Those of them that are normalised for the head only, and by what: ParseNet's "L2Norm", of
+    # initial scale 20 (paper, 3.1), or "BN", BatchNorm in its place (qfgaohao's VGG).
+    ssd.L2_NORM_FEATURES = ["conv4_3"]
+    ssd.L2_NORM = "L2Norm"
     # One row per extra level: bottleneck channels, output channels, kernel, stride, padding.
     ssd.EXTRA_LAYERS = [
         [256, 512, 3, 2, 1],
@@ -215,6 +222,17 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     """
     from ssd.data.datasets import register_datasets
 
+    cfg = read_config(config_file, opts)
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("No GPU: MODEL.DEVICE is cpu instead of cuda")
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+    """As :func:`load_config`, but registers nothing, keeps the device, and isn't frozen."""
     cfg = get_cfg()
     add_ssd_config(cfg)
     if config_file:
@@ -224,11 +242,6 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
             )
         _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False), config_file)
     _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("No GPU: MODEL.DEVICE is cpu instead of cuda")
-        cfg.MODEL.DEVICE = "cpu"
-    register_datasets(cfg)
-    cfg.freeze()
     return cfg
 
 

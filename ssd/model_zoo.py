@@ -1,9 +1,12 @@
-"""Names of labs to configs and published weights: the functions of ``detectron2.model_zoo``.
+"""Names to configs and published weights: the functions of ``detectron2.model_zoo``, and zoo://.
 
-A name is a lab's, such as "ssd_vgg16_size300"; "ssd_vgg16_size300/config.yaml" is the same. Only
-``get(name, trained=True)`` downloads. A published file that is already there, under the last part
-of its address, is used instead: from the current folder, or from Detectron2's cache
-(``$FVCORE_CACHE``, by default ``~/.torch/iopath_cache``), where downloads also go.
+A name is a lab's, such as "ssd_vgg16_size300" ("ssd_vgg16_size300/config.yaml" is the same), or
+that of published weights, such as "ssd300_coco_mmdet", which stands for the lab that defines their
+network. A lab's own weights are the first of ``weights_names(lab)``.
+
+``MODEL.WEIGHTS zoo://NAME`` are published weights for everything that reads through Detectron2's
+``PathManager``: the file of that name in the current folder or in Detectron2's cache
+(``$FVCORE_CACHE``, by default ``~/.torch/iopath_cache``), or else a download into that cache.
 """
 
 import difflib
@@ -11,134 +14,70 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Tuple
-from urllib.parse import urlparse
+from typing import List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import get_cache_dir
+from detectron2.utils.file_io import PathHandler, PathManager
 from torch import nn
 
 from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.published import PUBLISHED, Weights, lab_folder
 from ssd.config import load_config
 
-__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "names"]
+__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "names", "weights_names"]
 
 logger = logging.getLogger(__name__)
 
-
-class _Weights(NamedTuple):
-    """Published weights of a lab."""
-
-    url: str
-    sha256: Optional[str]  # its first digits, which the file's name carries; None: unknown
-    lineage: str  # whose code trained them
-    result: str  # as published
-    opts: Tuple = ()  # KEY, VALUE, …: where their definition differs from the lab's
-
-
-_MMDET = "https://download.openmmlab.com/mmdetection/v2.0/ssd/"
-_TORCHVISION = "https://download.pytorch.org/models/"
-_LUFFICC = "https://github.com/lufficc/SSD/releases/download/1.2/"
-_QFGAOHAO = "https://storage.googleapis.com/models-hao/"
-_NVIDIA = "https://api.ngc.nvidia.com/v2/models/nvidia/"
-
-# Lab to weights: MMDetection's configs/ssd/README.md, the metadata in torchvision's code, the
-# READMEs of lufficc/SSD and qfgaohao/pytorch-ssd, and NVIDIA/DeepLearningExamples.
-_PUBLISHED = {
-    "ssd_vgg16_size300_120e": _Weights(
-        _MMDET + "ssd300_coco/ssd300_coco_20210803_015428-d231a06e.pth",
-        "d231a06e", "mmdet", "25.5 AP, COCO val2017",
-    ),
-    "ssd_vgg16_size512_120e": _Weights(
-        _MMDET + "ssd512_coco/ssd512_coco_20210803_022849-0a47a1ca.pth",
-        "0a47a1ca", "mmdet", "29.5 AP, COCO val2017",
-    ),
-    "ssdlite_mobilenetv2_size320_600e": _Weights(
-        _MMDET + "ssdlite_mobilenetv2_scratch_600e_coco/"
-        "ssdlite_mobilenetv2_scratch_600e_coco_20210629_110627-974d9307.pth",
-        "974d9307", "mmdet", "21.3 AP, COCO val2017",
-    ),
-    "ssd_vgg16_size300_torchvision": _Weights(
-        _TORCHVISION + "ssd300_vgg16_coco-b556d3b4.pth",
-        "b556d3b4", "torchvision", "25.1 AP, COCO val2017",
-    ),
-    "ssdlite_mobilenetv3_size320": _Weights(
-        _TORCHVISION + "ssdlite320_mobilenet_v3_large_coco-a79551df.pth",
-        "a79551df", "torchvision", "21.3 AP, COCO val2017",
-    ),
-    "ssd_vgg16_size300_voc0712": _Weights(
-        _LUFFICC + "vgg_ssd300_voc0712.pth", None, "lufficc", "77.7 mAP, VOC2007 test",
-        ("MODEL.SSD.DEFAULT_BOXES.CLIP", "cxcywh", "TEST.DETECTIONS_PER_IMAGE", 100),
-    ),
-    "ssd_vgg16_size512_voc0712": _Weights(
-        _LUFFICC + "vgg_ssd512_voc0712.pth", None, "lufficc", "80.7 mAP, VOC2007 test",
-        ("MODEL.SSD.DEFAULT_BOXES.CLIP", "cxcywh", "TEST.DETECTIONS_PER_IMAGE", 100,
-         "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES", [35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8],
-         "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", 537.65),
-    ),
-    "ssdlite_mobilenetv2_size320_voc0712": _Weights(
-        _LUFFICC + "mobilenet_v2_ssd320_voc0712_v2.pth", None, "lufficc", "68.9 mAP, VOC2007 test",
-    ),
-    "ssdlite_mobilenetv3_size320_voc0712": _Weights(
-        _LUFFICC + "mobilenet_v3_ssd320_voc0712.pth", None, "lufficc", "69.5 mAP, VOC2007 test",
-    ),
-    "ssd_mobilenetv1_size300_voc0712": _Weights(
-        _QFGAOHAO + "mobilenet-v1-ssd-mp-0_675.pth", None, "qfgaohao", "67.5 mAP, VOC2007 test",
-    ),
-    # No result is published for this very file; the README of its time says 25.0.
-    "ssd_resnet50_size300": _Weights(
-        _NVIDIA + "ssd_pyt_ckpt_amp/versions/20.06.0/files/nvidia_ssdpyt_amp_200703.pt",
-        None, "nvidia", "about 25 AP, COCO val2017",
-    ),
-}  # fmt: skip
-
-# An installed wheel has the labs within the package (setup.py), a checkout beside it.
-_PACKAGE = Path(__file__).resolve().parent
-_LABS = _PACKAGE / "labs" if (_PACKAGE / "labs").is_dir() else _PACKAGE.parent / "labs"
+_PREFIX = "zoo://"
 
 
 def names() -> List[str]:
     """Names of all labs."""
-    return sorted(path.parent.name for path in _LABS.glob("*/config.yaml"))
+    return sorted(path.parent.name for path in lab_folder().glob("*/config.yaml"))
+
+
+def weights_names(lab: Optional[str] = None) -> List[str]:
+    """Names of all published weights, or of a lab's: first those with just its settings."""
+    if lab is None:
+        return list(PUBLISHED)
+    found = [name for name, weights in PUBLISHED.items() if weights.lab == lab]
+    return sorted(found, key=lambda name: bool(PUBLISHED[name].opts))
 
 
 def get_config_file(name: str) -> str:
     """Path of a lab's ``config.yaml``.
 
     Raises:
-        RuntimeError: there is no such lab; the nearest names and all of them are given.
+        RuntimeError: there is no such name; the nearest names and all of them are given.
     """
-    return str(_LABS / _lab(name) / "config.yaml")
+    return str(lab_folder() / _lab(name) / "config.yaml")
 
 
 def get_checkpoint_url(name: str) -> str:
-    """Address of the published weights that a lab reproduces.
+    """Address of published weights; of Caffe's that of a page.
 
     Raises:
-        RuntimeError: there is no such lab, or nothing is published for it.
+        RuntimeError: there is no such name, or nothing is published for the lab.
     """
-    return _published(name).url
+    return PUBLISHED[_published(name)].url
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
-    """A lab's config, not frozen; see also :func:`ssd.load_config`.
+    """A lab's config, not frozen; see also :func:`ssd.load_config`. Nothing is downloaded.
 
     Args:
-        trained: ``MODEL.WEIGHTS`` becomes the published file if it is already there, otherwise its
-            address, and keys in which the file's definition differs from the lab's are set to it.
-            If False, it stays the config's own, usually a backbone's weights.
+        trained: ``MODEL.WEIGHTS`` becomes the published weights' zoo://NAME, and keys in which
+            their definition differs from the lab's are set to it. If False, the config is just
+            the lab's, whose ``MODEL.WEIGHTS`` are usually a backbone's.
 
     Raises:
-        RuntimeError: there is no such lab, or ``trained`` and nothing is published for it.
-        ValueError: the file that is there isn't the published one.
+        RuntimeError: there is no such name, or ``trained`` and nothing is published for the lab.
     """
-    config_file = get_config_file(name)
-    opts = []
+    config_file, opts = get_config_file(name), []
     if trained:
-        opts = ["MODEL.WEIGHTS", _local_file(name) or get_checkpoint_url(name)]
-        opts += _published(name).opts
+        weights = _published(name)
+        opts = ["MODEL.WEIGHTS", _PREFIX + weights, *PUBLISHED[weights].opts]
     cfg = load_config(config_file, opts)
     cfg.defrost()
     return cfg
@@ -153,7 +92,8 @@ def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Mo
         device: instead of the config's ``MODEL.DEVICE``.
 
     Raises:
-        FileNotFoundError: the config's weights aren't there.
+        FileNotFoundError: the config's weights aren't there, or published ones that only a
+            browser can download.
         OSError: the download fails.
         ValueError: the published weights can't be read, don't fit, or aren't the published ones.
         See also :func:`get_config`.
@@ -162,52 +102,82 @@ def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Mo
     if device is not None:
         cfg.MODEL.DEVICE = device
     model = build_model(cfg)
-    if trained:
-        weights = _published(name)
-        if cfg.MODEL.WEIGHTS == weights.url:
-            cfg.MODEL.WEIGHTS = _check_hash(PathManager.get_local_path(weights.url), weights)
-        logger.info("%s: weights of %s, %s", name, weights.lineage, weights.result)
     SSDCheckpointer(model, cfg=cfg, strict=trained).load(cfg.MODEL.WEIGHTS)
     return model
 
 
-def _lab(name: str) -> str:
-    lab, labs = name.removesuffix("/config.yaml"), names()
-    if lab not in labs:
-        near = difflib.get_close_matches(lab, labs, n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise RuntimeError(f"no lab is named {name!r}{hint} The labs are {', '.join(labs)}")
-    return lab
+class _ZooHandler(PathHandler):
+    """zoo://NAME is the local file of published weights."""
+
+    def _get_supported_prefixes(self) -> List[str]:
+        return [_PREFIX]
+
+    def _get_local_path(self, path: str, **kwargs) -> str:
+        try:
+            name = _published(path.removeprefix(_PREFIX))
+        except RuntimeError as error:
+            raise ValueError(f"MODEL.WEIGHTS {path}: {error}") from None
+        weights = PUBLISHED[name]
+        logger.info("%s: %s, published for %s", path, weights.result, weights.lab)
+        return _check_hash(_find_file(path, weights, **kwargs), weights)
 
 
-def _published(name: str) -> _Weights:
-    lab = _lab(name)
-    if lab not in _PUBLISHED:
-        raise RuntimeError(
-            f"no weights are published for {lab!r}; expected one of {', '.join(_PUBLISHED)}. "
-            "Train it, or set MODEL.WEIGHTS to a file of yours"
+# Another import of this module, such as importlib.reload's, replaces the handler.
+PathManager.register_handler(_ZooHandler(), allow_override=True)
+
+
+def _find_file(path: str, weights: Weights, **kwargs) -> str:
+    if os.path.isfile(weights.file_name):
+        return os.path.abspath(weights.file_name)
+    by_hand = f"put {weights.file_name} into the current folder, {os.getcwd()}"
+    if weights.file:  # the address isn't the file's
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS {path} can't be downloaded by a program: open {weights.url} in a "
+            f"browser, unpack what it gives, and {by_hand}"
         )
-    return _PUBLISHED[lab]
+    try:
+        return PathManager.get_local_path(weights.url, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"MODEL.WEIGHTS {path}: no download from {weights.url} ({error}); or {by_hand}"
+        ) from error
 
 
-def _local_file(name: str) -> Optional[str]:
-    """Path of the published file if it is in the current folder or in Detectron2's cache."""
-    weights = _published(name)
-    address = urlparse(weights.url).path.lstrip("/")
-    # the place in the cache where iopath's HTTPURLHandler puts a download
-    for path in (os.path.basename(address), os.path.join(get_cache_dir(), address)):
-        if os.path.isfile(path):
-            return _check_hash(path, weights)
-    return None
-
-
-def _check_hash(path: str, weights: _Weights) -> str:
+def _check_hash(file: str, weights: Weights) -> str:
     if weights.sha256 is not None:
-        found = hashlib.sha256(Path(path).read_bytes()).hexdigest()[: len(weights.sha256)]
+        found = hashlib.sha256(Path(file).read_bytes()).hexdigest()[: len(weights.sha256)]
         if found != weights.sha256:
             raise ValueError(
-                f"{os.path.abspath(path)} is not the published {weights.url}: its SHA-256 starts "
+                f"{file} is not the published {weights.url}: its SHA-256 starts "
                 f"with {found}, expected {weights.sha256}. It may be a broken download: delete it "
                 "and try again. Weights of your own: rename the file, set MODEL.WEIGHTS to it"
             )
-    return path
+    return file
+
+
+def _lab(name: str) -> str:
+    """The lab of a lab's or weights' name."""
+    name, labs = name.removesuffix("/config.yaml"), names()
+    if name in PUBLISHED:
+        return PUBLISHED[name].lab
+    if name in labs:
+        return name
+    near = difflib.get_close_matches(name, [*labs, *PUBLISHED], n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise RuntimeError(
+        f"no lab and no published weights are named {name!r}{hint} The labs are "
+        f"{', '.join(labs)}; the weights are {', '.join(PUBLISHED)}"
+    )
+
+
+def _published(name: str) -> str:
+    """The weights of a lab's or weights' name."""
+    lab = _lab(name)
+    found = [name] if name in PUBLISHED else weights_names(lab)
+    if not found:
+        with_weights = sorted({weights.lab for weights in PUBLISHED.values()})
+        raise RuntimeError(
+            f"no weights are published for {lab!r}, only for {', '.join(with_weights)}. "
+            "Train it, or set MODEL.WEIGHTS to a file of yours"
+        )
+    return found[0]

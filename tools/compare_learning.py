@@ -35,7 +35,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.ops import box_iou
 
 from ssd import load_config
-from ssd.checkpoint import torchvision as torchvision_names
+from ssd.checkpoint.recognition import recognise
 from ssd.data.datasets import xyxy_boxes
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.evaluation import build_evaluator
@@ -123,7 +123,8 @@ def run(name: str, seed: int, args) -> dict:
         model = TorchvisionSSD(reference).to(args.device)
     else:
         model = build_model(cfg)
-        state, own = torchvision_names.convert(reference.state_dict()), model.state_dict()
+        state, own = reference.state_dict(), model.state_dict()
+        state = recognise(state).to_ours(state)
         state = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
         model.load_state_dict(state, strict=name == "ours")
 

@@ -15,16 +15,13 @@ from fvcore.nn import FlopCountAnalysis, parameter_count
 from torch import nn
 
 from ssd import model_zoo
+from ssd.checkpoint.published import PUBLISHED
 from ssd.config import load_config
 
-# Published results without weights that the zoo lists.
-_PUBLISHED = {
+# Published results of the lab's definition without weights that the zoo lists.
+_RESULTS = {
     "ssd_vgg16_size300": "23.2 AP, COCO test-dev (paper)",
-    "ssd_vgg16_size300_expand_aug": "25.1 AP, COCO test-dev (paper)",
-    "ssd_vgg16_size300_voc0712": "77.2 mAP, VOC2007 test (paper)",
     "ssd_vgg16_size512": "26.8 AP, COCO test-dev (paper)",
-    "ssd_vgg16_size512_expand_aug": "28.8 AP, COCO test-dev (paper)",
-    "ssd_vgg16_size512_voc0712": "79.8 mAP, VOC2007 test (paper)",
     "ssdlite_mobilenetv2_size300_tf": "22 AP, COCO minival2014 (TensorFlow)",
 }
 # Results measured here; a lab's README says how.
@@ -39,6 +36,7 @@ _EQUAL_TO = {
     "ssd_vgg16_size300": "Caffe's formulas",
     "ssd_vgg16_size300_120e": "MMDetection",
     "ssd_vgg16_size300_expand_aug": "Caffe's formulas",
+    "ssd_vgg16_size300_qfgaohao": "its definition",
     "ssd_vgg16_size300_torchvision": "torchvision",
     "ssd_vgg16_size300_voc0712": "Caffe's formulas",
     "ssd_vgg16_size512": "Caffe's formulas",
@@ -46,6 +44,7 @@ _EQUAL_TO = {
     "ssd_vgg16_size512_expand_aug": "Caffe's formulas",
     "ssd_vgg16_size512_voc0712": "Caffe's formulas",
     "ssdlite_mobilenetv2_size300_tf": "its definition",
+    "ssdlite_mobilenetv2_size300_voc0712": "its definition",
     "ssdlite_mobilenetv2_size320_600e": "MMDetection",
     "ssdlite_mobilenetv2_size320_voc0712": "its definition",
     "ssdlite_mobilenetv3_size320": "torchvision",
@@ -68,6 +67,17 @@ class Network(nn.Module):
         return self.head(list(self.backbone(images).values()))
 
 
+def published(lab: str) -> str:
+    """The result of a lab's definition, and its weights, the first of them by address and name."""
+    cell = [_RESULTS[lab]] if lab in _RESULTS else []
+    if names := model_zoo.weights_names(lab):
+        weights = PUBLISHED[names[0]]
+        cell.append(f"[{weights.result}]({weights.url}) (`{names[0]}`)")
+    if names[1:]:
+        cell.append(f"[{len(names) - 1} more](docs/checkpoints.md)")
+    return "; ".join(cell)
+
+
 def row(name: str) -> str:
     """A lab's line of the table."""
     config_file = model_zoo.get_config_file(name)
@@ -76,16 +86,12 @@ def row(name: str) -> str:
     network = Network(model)
     flops = FlopCountAnalysis(network, torch.zeros(1, 3, *model.input_size))
     flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    published = [_PUBLISHED[name]] if name in _PUBLISHED else []
-    if name in model_zoo._PUBLISHED:
-        weights = model_zoo._PUBLISHED[name]
-        published.append(f"[{weights.result}]({weights.url}) ({weights.lineage})")
     cells = [
         f"[{name}](labs/{name}/{'README.md' if name in _MEASURED else 'config.yaml'})",
         len(model.default_boxes),
         f"{parameter_count(network)[''] / 1e6:.2f}",
         f"{flops.by_operator()['conv'] / 1e9:.2f}",
-        "; ".join(published) or "–",
+        published(name) or "–",
         _EQUAL_TO.get(name, "–"),
         _MEASURED.get(name, "not trained"),
     ]

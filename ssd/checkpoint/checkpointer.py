@@ -2,63 +2,50 @@
 
 import logging
 import os
-import pickle
-import re
-from typing import Any, Dict, Iterable, Optional
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 
-from ssd.checkpoint import mmdet, mobilenet, torchvision, vgg
+from ssd.checkpoint.classes import carry_rows, known_classes, match_classes, parse_class_map
+from ssd.checkpoint.files import read_file
+from ssd.checkpoint.lineage import Lineage, State, count_classes, predictors
+from ssd.checkpoint.published import BACKBONES
+from ssd.checkpoint.recognition import definition, differences, recognise, unwrap
 
 __all__ = ["SSDCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
-_TORCHVISION = "https://download.pytorch.org/models/"
-_WHERE = {
-    "vgg16_reducedfc.pth": "https://s3.amazonaws.com/amdegroot-models/vgg16_reducedfc.pth",
-    "mobilenet_v1_with_relu_69_5.pth": (
-        "https://storage.googleapis.com/models-hao/mobilenet_v1_with_relu_69_5.pth"
-    ),
-    "mobilenetv3-large-1cd25616.pth": (
-        "https://github.com/d-li14/mobilenetv3.pytorch/raw/master/pretrained/"
-        "mobilenetv3-large-1cd25616.pth"
-    ),
-    **{
-        name: _TORCHVISION + name
-        for name in (
-            "vgg16-397923af.pth",
-            "vgg16_features-amdegroot-88682ab5.pth",
-            "mobilenet_v2-b0353104.pth",
-            "resnet50-0676ba61.pth",
-        )
-    },
-}
+# Where a file may have its weights, in this order; else it is them.
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "net")
 
 
 class SSDCheckpointer(DetectionCheckpointer):
     """A DetectionCheckpointer that recognises foreign weights and never leaves half a file.
 
-    Reads, recognised by their parameter names: our own; MMDetection 3.x SSD and SSDLite;
-    torchvision's SSD300 and SSDLite; of backbones VGG16 reduced-fc and torchvision's ``vgg16``,
-    ``mobilenet_v2``, ``mobilenet_v3_large`` and ResNets, qfgaohao's MobileNetV1, d-li14's V3.
+    Reads our own files and those of every lineage in docs/checkpoints.md, detectors and backbones,
+    recognised by their parameters' names. It says in one line what it found and did, and warns
+    where the config has other default boxes or another input than the weights were made with.
     """
 
     def __init__(self, model, save_dir: str = "", *, cfg=None, strict: bool = False, **kwargs):
         """
         Args:
-            cfg: says the order and scale of the input's channels, for VGG16 weights.
+            cfg: its channels' order and scale adapt the first layer; the class names of its data
+                set, or MODEL.SSD.CLASS_MAP, say which classes of a detector training starts from.
             strict: weights must fill the model completely (evaluation); otherwise what doesn't
                 fit stays fresh and is named in the log (training). With SOLVER.EMA.ENABLED
                 evaluation takes the averaged weights of a file that has them.
         """
         super().__init__(model, save_dir, **kwargs)
-        self._pixel_std = tuple(cfg.MODEL.PIXEL_STD) if cfg else (1.0, 1.0, 1.0)
-        self._input_format = cfg.INPUT.FORMAT if cfg else "RGB"
+        self._cfg = cfg
         self._strict = strict
         self._use_average = bool(strict and cfg and cfg.SOLVER.EMA.ENABLED)
+        self._resuming = False
 
     def load(self, path: str, checkpointables: Optional[Iterable[str]] = None) -> Dict[str, Any]:
         """See :class:`DetectionCheckpointer`.
@@ -68,13 +55,14 @@ class SSDCheckpointer(DetectionCheckpointer):
             ValueError: for a file that isn't a checkpoint, or doesn't fit.
         """
         if path and "://" not in path and not os.path.isfile(path):
-            where = _WHERE.get(os.path.basename(path))
+            where = BACKBONES.get(os.path.basename(path))
             hint = f"; it can be downloaded from {where}" if where else ""
             raise FileNotFoundError(
                 f"MODEL.WEIGHTS {path!r} does not exist (current folder: {os.getcwd()}){hint}"
             )
         if self._strict and not path:
             raise ValueError("evaluation needs weights: MODEL.WEIGHTS is empty")
+        self._resuming = bool(self.save_dir) and path == self.get_checkpoint_file()
         self._parsed_url_during_load = None  # Detectron2 leaves it behind when a load fails
         return super().load(path, checkpointables)
 
@@ -87,6 +75,8 @@ class SSDCheckpointer(DetectionCheckpointer):
         if not (self.save_dir and self.save_to_disk):
             return
         data = {"model": self.model.state_dict()}
+        if names := _class_names(self._cfg):
+            data["classes"] = names
         data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         data.update(extra)
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -100,65 +90,42 @@ class SSDCheckpointer(DetectionCheckpointer):
         _write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        if filename.endswith((".pkl", ".pyth")):
-            raise ValueError(
-                f"MODEL.WEIGHTS {filename}: pickle files can run code when they are read; "
-                "convert it to .pth first"
-            )
-        try:
-            data = torch.load(filename, map_location="cpu", weights_only=True)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # torch raises nearly anything for a broken file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if isinstance(error, pickle.UnpicklingError):  # torch's advice is to read it unsafely
-                unsafe = re.search(r"GLOBAL (\S+)", str(error))
-                reason = f"holds {unsafe[1]}, which could run code" if unsafe else "no torch file"
-            raise ValueError(
-                f"MODEL.WEIGHTS {filename} is not a readable checkpoint: {reason}"
-            ) from None
-        if isinstance(data, dict) and self._use_average:
+        data = read_file(filename)
+        if self._use_average:
             if "ema" in data:
                 logger.info("Taking the averaged weights (SOLVER.EMA)")
                 data["model"] = data.pop("ema")
             else:
                 logger.warning("There are no averaged weights (SOLVER.EMA) in %s", filename)
-        if isinstance(data, dict) and "model" not in data:
-            data = {"model": data.get("state_dict", data)}
-        state = data["model"] if isinstance(data, dict) else None
+        key = next((key for key in _WEIGHTS if key in data), None)
+        state = data.pop(key) if key else data
         if not (isinstance(state, dict) and state) or not all(
-            isinstance(value, Tensor) for value in state.values()
+            isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()
         ):
             raise ValueError(f"MODEL.WEIGHTS {filename} holds no dictionary of weights")
-        return data
+        return {**(data if key else {}), "model": state}
 
     def _load_model(self, checkpoint: Dict[str, Any]):
-        state = {name.removeprefix("module."): x for name, x in checkpoint["model"].items()}
-        if mmdet.recognises(state):
-            logger.info("Found an MMDetection SSD")
-            state = mmdet.convert(state)
-        elif torchvision.recognises(state):
-            logger.info("Found a torchvision SSD; its background class goes from first to last")
-            state = torchvision.convert(state)
-        elif kind := torchvision.recognises_backbone(state):
-            logger.info("Found torchvision's %s", kind)
-            state = torchvision.convert_backbone(state, self._pixel_std, self._input_format)
-        elif kind := mobilenet.recognises(state):
-            logger.info("Found a %s classifier", kind)
-            state = mobilenet.convert(state, self._pixel_std, self._input_format)
-        elif vgg.recognises(state):
-            state, found = vgg.convert(state, self._pixel_std, self._input_format)
-            logger.info("Found %s", found)
+        state, found = self._to_ours(checkpoint)
+        classes = checkpoint.pop("classes", None)
+        if not self._strict and not self._resuming:
+            state = self._carry_classes(state, classes or _class_names_of(checkpoint), found)
+        own = self.model.state_dict()
+        for name, value in state.items():
+            if name in own and value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"MODEL.WEIGHTS {found}: {name} holds NaN or infinite values")
         checkpoint["model"] = state
+        checkpoint["matching_heuristics"] = False
         result = super()._load_model(checkpoint)
+        checkpoint.pop("matching_heuristics")
         # fvcore counts those of another shape as missing too
         other_shape = {name: (tuple(a), tuple(b)) for name, a, b in result.incorrect_shapes}
         unfilled = [name for name in result.missing_keys if "num_batches_tracked" not in name]
-        needed = [name for name in self.model.state_dict() if "num_batches_tracked" not in name]
+        needed = [name for name in own if "num_batches_tracked" not in name]
         if len(unfilled) >= len(needed):
             raise ValueError(
-                "MODEL.WEIGHTS fits nothing in this model: it holds "
-                f"{_first(list(state))}; the model needs {_first(unfilled)}"
+                f"MODEL.WEIGHTS fits nothing in this model: it holds {_first(list(state))}; the "
+                f"model needs {_first(unfilled)}{self._advice}"
             )
         if self._strict and unfilled:
             missing = [name for name in unfilled if name not in other_shape]
@@ -167,8 +134,107 @@ class SSDCheckpointer(DetectionCheckpointer):
             problems += [
                 f"of another shape {_first(shapes)}; is MODEL.SSD.NUM_CLASSES that of the weights?"
             ] if shapes else []  # fmt: skip
-            raise ValueError(f"MODEL.WEIGHTS doesn't fill the model: {'; '.join(problems)}")
+            raise ValueError(
+                f"MODEL.WEIGHTS doesn't fill the model: {'; '.join(problems)}{self._advice}"
+            )
         return result
+
+    def _to_ours(self, checkpoint: Dict[str, Any]) -> Tuple[State, str]:
+        """A file's weights by our names, and what they are; warns where the config doesn't fit."""
+        state, self._advice = unwrap(checkpoint["model"]), ""
+        author = checkpoint.pop("__author__", None)
+        if author == "Caffe2":
+            state = {k: torch.as_tensor(x) for k, x in convert_c2_detectron_names(state)[0].items()}
+        meta = {"__author__": author, **_as_dict(checkpoint.get("meta"))}
+        lineage = recognise(state, meta)
+        if lineage is None:
+            return state, "weights"
+        cfg = self._cfg
+        if cfg:
+            state = lineage.to_ours(state, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_STD)
+        else:
+            state = lineage.to_ours(state)
+        counts = [count_classes(state, cls, box) for cls, box in predictors(state).items()]
+        done = f", {counts[0]} classes" if counts else ""
+        done += ", background moved from first to last" if lineage.background_first else ""
+        if cfg and cfg.INPUT.FORMAT != lineage.input_format:
+            done += f", first layer turned from {lineage.input_format} to {cfg.INPUT.FORMAT}"
+        logger.info("Found %s%s", lineage.title, done)
+        if cfg:
+            self._check_definition(lineage, len(counts), counts[0] if counts else 0)
+        return state, lineage.title
+
+    def _check_definition(self, lineage: Lineage, num_levels: int, num_classes: int) -> None:
+        """Warns of keys in which the config differs from what the weights were made with."""
+        others = differences(self._cfg, lineage.config)
+        if found := definition(lineage.key, num_levels, num_classes):
+            lab, opts, expected = found
+            others += differences(self._cfg, expected)
+            self._advice = f"; the lab of these weights ({lineage.title}) is {lab}"
+            self._advice += f" with {' '.join(map(str, opts))}" if opts else ""
+        if others:
+            logger.warning(
+                "%s was made with other values than the config's: %s%s",
+                lineage.title, "; ".join(others), self._advice,
+            )  # fmt: skip
+
+    def _carry_classes(self, state: State, source: Optional[Sequence[str]], found: str) -> State:
+        """The rows of matching classes in the class predictors of a file with other classes."""
+        cfg, own = self._cfg, self.model.state_dict()
+        pairs = {cls: box for cls, box in predictors(state).items() if f"{cls}.bias" in own}
+        if not (cfg and pairs):
+            return state
+        cls, box = next(iter(pairs.items()))
+        num_source, num_target = count_classes(state, cls, box), cfg.MODEL.SSD.NUM_CLASSES
+        source = source or known_classes(num_source)
+        if cfg.MODEL.SSD.CLASS_MAP:
+            rows = parse_class_map(cfg.MODEL.SSD.CLASS_MAP, source, num_source, num_target)
+        else:
+            target = _class_names(cfg)
+            if not (source and target):
+                return state
+            rows = match_classes(source, target)
+            if num_source == num_target and -1 in rows:
+                return state  # as it is, for classes renamed
+        if max(rows) < 0 or (num_source == num_target and rows == list(range(num_target))):
+            return state
+        state = dict(state)
+        for cls, box in pairs.items():
+            num_anchors = len(state[f"{box}.bias"]) // 4
+            if len(own[f"{cls}.bias"]) != num_anchors * (num_target + 1):
+                continue  # other default boxes: stays fresh, and is named
+            for name in (f"{cls}.weight", f"{cls}.bias"):
+                if state[name].shape[1:] == own[name].shape[1:]:
+                    state[name] = carry_rows(state[name], own[name], num_anchors, rows)
+        fresh = [name for name, row in zip(_class_names(cfg) or range(num_target), rows) if row < 0]
+        logger.info(
+            "%d of %d classes start from those of %s%s", num_target - len(fresh), num_target, found,
+            f"; fresh: {_first([str(name) for name in fresh])}" if fresh else "",
+        )  # fmt: skip
+        return state
+
+
+def _class_names(cfg) -> Optional[List[str]]:
+    """Names of the config's classes, if its data set is known and has as many."""
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if cfg else []
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
+        if classes and len(classes) == cfg.MODEL.SSD.NUM_CLASSES:
+            return list(classes)
+    return None
+
+
+def _class_names_of(checkpoint: Dict[str, Any]) -> Optional[List[str]]:
+    """Names of the classes in an MMDetection file."""
+    meta = _as_dict(checkpoint.get("meta"))
+    meta = {**meta, **_as_dict(meta.get("dataset_meta"))}
+    names = meta.get("classes") or meta.get("CLASSES")
+    is_names = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return list(names) if names and is_names else None
+
+
+def _as_dict(value: Any) -> Dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _first(names, count: int = 4) -> str:

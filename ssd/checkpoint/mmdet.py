@@ -1,43 +1,97 @@
-"""Parameter names of MMDetection 3.x's SSD and SSDLite."""
+"""MMDetection's SSD and SSDLite: the names since 2.14, and those before."""
 
-import re
-from typing import Dict, Iterable
+from typing import Any, Dict, Iterator, Tuple
 
-from ssd.checkpoint.vgg import CONV_NAMES
+from ssd.checkpoint.lineage import (
+    BODY,
+    MAX_LEVELS,
+    Lineage,
+    State,
+    flat_extras,
+    heads,
+    lite_heads,
+)
+from ssd.checkpoint.mobilenet import block_names
+from ssd.checkpoint.vgg import vgg_layers
 
-__all__ = ["map_name", "recognises"]
+__all__ = ["LINEAGES", "OLD", "VGG"]
 
-_RULES = [
-    (r"^backbone\.features\.(\d+)\.", lambda m: f"backbone.bottom_up.{CONV_NAMES[int(m[1])]}."),
-    (r"^backbone\.layer(\d+)\.", r"backbone.bottom_up.stage\1."),
-    (r"^backbone\.(conv[12])\.", r"backbone.bottom_up.\1."),
-    (r"\.expand_conv\.", ".expand."),
-    (r"\.linear_conv\.", ".project."),
-    (r"^neck\.l2_norm\.", "backbone.l2_norm.conv4_3."),
-    (r"^neck\.extra_layers\.(\d+)\.1\.depthwise_conv\.", r"backbone.extra_layers.\1.1."),
-    (r"^neck\.extra_layers\.(\d+)\.1\.pointwise_conv\.", r"backbone.extra_layers.\1.2."),
-    (r"^neck\.extra_layers\.", "backbone.extra_layers."),
-    (r"^bbox_head\.cls_convs\.(\d+)\.0\.(weight|bias)$", r"head.cls_predictors.\1.\2"),
-    (r"^bbox_head\.reg_convs\.(\d+)\.0\.(weight|bias)$", r"head.box_predictors.\1.\2"),
-    (r"^bbox_head\.cls_convs\.", "head.cls_predictors."),
-    (r"^bbox_head\.reg_convs\.", "head.box_predictors."),
-    (r"\.depthwise_conv\.", ".depthwise."),
-    (r"\.conv\.(weight|bias)$", r".\1"),
-    (r"\.bn\.", ".norm."),
-]
+_L2_NORM = "backbone.l2_norm.conv4_3"
+_ROLES = {"expand_conv": "expand", "depthwise_conv": "depthwise", "linear_conv": "project"}
 
 
-def recognises(names: Iterable[str]) -> bool:
-    """Whether these are the parameter names of an MMDetection SSD."""
-    return any(name.startswith("bbox_head.cls_convs.") for name in names)
+def _mobilenet() -> Iterator[Tuple[str, str]]:
+    for name in block_names("v2"):
+        if name.startswith("conv"):
+            roles = {f"backbone.{name}": name}
+        else:
+            layer = name.replace("stage", "backbone.layer")
+            roles = {f"{layer}.{theirs}": f"{name}.{ours}" for theirs, ours in _ROLES.items()}
+        for theirs, ours in roles.items():
+            yield f"{theirs}.conv", BODY + ours
+            yield f"{theirs}.bn", f"{BODY}{ours}.norm"
+    for level in range(MAX_LEVELS):
+        theirs, ours = f"neck.extra_layers.{level}.", f"backbone.extra_layers.{level}."
+        layers = ("0.", "1.depthwise_conv.", "1.pointwise_conv.")
+        for index, layer in enumerate(layers):
+            yield f"{theirs}{layer}conv", f"{ours}{index}"
+            yield f"{theirs}{layer}bn", f"{ours}{index}.norm"
+    cls, box = "bbox_head.cls_convs.{}.", "bbox_head.reg_convs.{}."
+    yield from lite_heads(cls, box, "0.conv", "0.bn", "1")
 
 
-def map_name(name: str) -> str:
-    """MMDetection's parameter name to ours. Classes are in the same order, background last."""
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name
+VGG = Lineage(
+    "mmdet_vgg",
+    "MMDetection's SSD",
+    ("bbox_head.cls_convs.0.0.weight", "backbone.features.0.weight"),
+    {
+        **dict(vgg_layers("backbone.features.")),
+        **dict(flat_extras("neck.extra_layers.", "0.conv", "1.conv")),
+        **dict(heads("bbox_head.cls_convs.{}.0", "bbox_head.reg_convs.{}.0")),
+        "neck.l2_norm": _L2_NORM,
+    },
+)
+MOBILENETV2 = Lineage(
+    "mmdet_mobilenetv2",
+    "MMDetection's SSDLite",
+    ("bbox_head.cls_convs.0.0.conv.weight", "backbone.layer1.0.depthwise_conv.conv.weight"),
+    dict(_mobilenet()),
+)
+
+_OLD_NAMES = {
+    **dict(vgg_layers("backbone.features.")),
+    **dict(flat_extras("backbone.extra.")),
+    **dict(heads("bbox_head.cls_convs.{}", "bbox_head.reg_convs.{}")),
+    "backbone.l2_norm": _L2_NORM,
+}
+_IN_OLD = ("bbox_head.cls_convs.0.weight", "backbone.extra.0.weight")
 
 
-def convert(state: Dict) -> Dict:
-    return {map_name(name): value for name, value in state.items()}
+def _background_is_first(state: State, meta: Dict[str, Any]) -> bool:
+    """Whether a file is of MMDetection 1.x, by its version or else by its biases.
+
+    Most default boxes are background, so after training its biases are the highest.
+    """
+    if version := str(meta.get("mmdet_version", "")):
+        return version.startswith(("0.", "1."))
+    first, last = [], []
+    for level in range(MAX_LEVELS):
+        if (name := f"bbox_head.cls_convs.{level}.bias") in state:
+            num_anchors = len(state[f"bbox_head.reg_convs.{level}.bias"]) // 4
+            bias = state[name].view(num_anchors, -1)
+            first.append(float(bias[:, 0].mean()))
+            last.append(float(bias[:, -1].mean()))
+    return sum(first) > sum(last)
+
+
+OLD = Lineage("mmdet_old", "MMDetection's SSD before 2.14", _IN_OLD, _OLD_NAMES)
+FIRST = Lineage(
+    "mmdet_old",
+    "MMDetection 1.x's SSD",
+    _IN_OLD,
+    _OLD_NAMES,
+    background_first=True,
+    condition=_background_is_first,
+)
+
+LINEAGES = [VGG, MOBILENETV2, FIRST, OLD]

@@ -1,76 +1,160 @@
-"""Parameter names of the MobileNets that the light models of lufficc and qfgaohao start from.
+"""MobileNets: where the public models have the layers of our blocks."""
 
-Those are d-li14/mobilenetv3.pytorch's MobileNetV3-Large and qfgaohao/pytorch-ssd's MobileNetV1,
-both trained on ImageNet.
-"""
+from typing import Callable, Dict, Iterator, List, Tuple
 
-import re
-from typing import Dict, List, Tuple
+from ssd.checkpoint.lineage import BODY, IMAGENET_STD, Lineage
 
-from torch import Tensor
-
-from ssd.checkpoint.layers import IMAGENET_STD, adapt_first_layer
-
-__all__ = ["block_names", "convert", "recognises"]
+__all__ = [
+    "BACKBONES", "FLAT", "FLAT_SE", "NESTED", "V1", "block_names", "flat_v2", "flat_v3",
+    "mobilenet", "nested_v2", "nested_v3",
+]  # fmt: skip
 
 # Blocks in each stage of our backbones.
 STAGES = {"v1": (1, 2, 2, 6, 2), "v2": (1, 2, 3, 4, 3, 3, 1), "v3": (1, 2, 3, 4, 2, 3)}
-_PREFIX = "backbone.bottom_up."
-# Position in a block to our layer.
-_V1_LAYERS = {"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"}
-_V3_FIRST = {"0": "depthwise", "1": "depthwise.norm", "4": "project", "5": "project.norm"}
-_V3_LAYERS = {
+_WITH_SQUEEZE = (4, 5, 6, 11, 12, 13, 14, 15)  # of MobileNetV3-Large's 15 blocks
+
+# Position in a block to our layer. Flat: qfgaohao's and d-li14's; nested: torchvision's.
+_FLAT_FIRST = {"0": "depthwise", "1": "depthwise.norm", "3": "project", "4": "project.norm"}
+FLAT = {
     "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm",
-    "5.fc.0": "squeeze.0.fc1", "5.fc.2": "squeeze.0.fc2", "7": "project", "8": "project.norm",
+    "6": "project", "7": "project.norm",
 }  # fmt: skip
+_FLAT_SE_FIRST = {"0": "depthwise", "1": "depthwise.norm", "4": "project", "5": "project.norm"}
+FLAT_SE = {
+    "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm",
+    "5.fc.0": "squeeze.fc1", "5.fc.2": "squeeze.fc2", "7": "project", "8": "project.norm",
+}  # fmt: skip
+_NESTED_FIRST = {
+    "0.0": "depthwise", "0.1": "depthwise.norm", "1": "project", "2": "project.norm",
+}  # fmt: skip
+NESTED = {
+    "0.0": "expand", "0.1": "expand.norm", "1.0": "depthwise", "1.1": "depthwise.norm",
+    "2": "project", "3": "project.norm",
+}  # fmt: skip
+V1 = {"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"}
 
 
 def block_names(version: str) -> List[str]:
     """Names of our layers in their order: "conv1", "stage1.0", …, "conv2"."""
     blocks = [f"stage{s}.{b}" for s, n in enumerate(STAGES[version], 1) for b in range(n)]
-    return ["conv1", *blocks, "conv2"]
+    return ["conv1", *blocks, *(["conv2"] if version != "v1" else [])]
 
 
-def recognises(state: Dict[str, Tensor]) -> str:
-    """``"MobileNetV1"`` (qfgaohao), ``"MobileNetV3"`` (d-li14), or ``""``."""
-    if "0.0.weight" in state and "13.3.weight" in state:
-        return "MobileNetV1"
-    return "MobileNetV3" if "features.4.conv.5.fc.0.weight" in state else ""
+def mobilenet(
+    version: str, prefix: str, block: Callable[[int], Dict[str, str]], inside: str = ""
+) -> Iterator[Tuple[str, str]]:
+    """A sequence of convolution, blocks, convolution.
 
-
-def convert(
-    state: Dict[str, Tensor], pixel_std: Tuple[float, ...], input_format: str
-) -> Dict[str, Tensor]:
-    """The classifier's parameters as those of our backbone; its own last layers keep their names.
-
-    The V3's first layer is adapted to the config's images (see :func:`adapt_first_layer`); the
-    V1's only to their channels' order: its lab has the inputs that it was trained with.
+    Args:
+        prefix: in front of a layer's number.
+        block: positions within a block of this number, to our layers.
+        inside: between the number and the position.
     """
-    kind = recognises(state)
-    result = {}
-    for name, value in state.items():
-        result[_v1_name(name) if kind == "MobileNetV1" else _v3_name(name)] = (
-            value[:, :, None, None] if ".fc." in name and value.dim() == 2 else value
+    for index, name in enumerate(block_names(version)):
+        positions = {f"{inside}{theirs}": f".{ours}" for theirs, ours in block(index).items()}
+        if name in ("conv1", "conv2"):
+            positions = {"0": "", "1": ".norm"}
+        for theirs, ours in positions.items():
+            yield f"{prefix}{index}.{theirs}", f"{BODY}{name}{ours}"
+
+
+def flat_v2(index: int) -> Dict[str, str]:
+    return FLAT if index > 1 else _FLAT_FIRST
+
+
+def nested_v2(index: int) -> Dict[str, str]:
+    return NESTED if index > 1 else _NESTED_FIRST
+
+
+def flat_v3(index: int) -> Dict[str, str]:
+    return FLAT_SE if index > 1 else _FLAT_SE_FIRST
+
+
+def nested_v3(index: int) -> Dict[str, str]:
+    roles = (["expand"] if index > 1 else []) + ["depthwise"]
+    roles += (["squeeze"] if index in _WITH_SQUEEZE else []) + ["project"]
+    layers = {}
+    for position, role in enumerate(roles):
+        parts = ("fc1", "fc2") if role == "squeeze" else ("0", "1")
+        ours = (".fc1", ".fc2") if role == "squeeze" else ("", ".norm")
+        layers.update((f"{position}.{a}", f"{role}{b}") for a, b in zip(parts, ours))
+    return layers
+
+
+def _timm(version: str, last: Dict[str, str]) -> Iterator[Tuple[str, str]]:
+    stem = {"conv_stem": "conv1", "bn1": "conv1.norm", **last}
+    yield from ((theirs, BODY + ours) for theirs, ours in stem.items())
+    for name in block_names(version)[1:-1]:
+        stage, number = name.removeprefix("stage").split(".")
+        roles = ["expand", "depthwise", "project"]
+        convs = ["conv_pw", "conv_dw", "conv_pwl"]
+        if name == "stage1.0":
+            roles, convs = roles[1:], ["conv_dw", "conv_pw"]
+        for position, (conv, role) in enumerate(zip(convs, roles), 1):
+            block = f"blocks.{int(stage) - 1}.{number}."
+            yield f"{block}{conv}", f"{BODY}{name}.{role}"
+            yield f"{block}bn{position}", f"{BODY}{name}.{role}.norm"
+        yield f"{block}se.conv_reduce", f"{BODY}{name}.squeeze.fc1"
+        yield f"{block}se.conv_expand", f"{BODY}{name}.squeeze.fc2"
+
+
+BACKBONES = [
+    Lineage(
+        "torchvision_mobilenetv2",
+        "torchvision's mobilenet_v2",
+        ("features.18.0.weight", "features.1.conv.0.0.weight"),
+        dict(mobilenet("v2", "features.", nested_v2, "conv.")),
+        input_std=IMAGENET_STD,
+    ),
+    Lineage(
+        "torchvision_mobilenetv3_classifier",
+        "torchvision's mobilenet_v3",
+        ("features.16.0.weight", "features.1.block.0.0.weight"),
+        dict(mobilenet("v3", "features.", nested_v3, "block.")),
+        input_std=IMAGENET_STD,
+        config={"MODEL.BATCH_NORM.EPS": 1e-3},
+    ),
+    Lineage(
+        "timm_mobilenetv2",
+        "timm's MobileNetV2",
+        ("conv_stem.weight", "blocks.6.0.conv_pwl.weight"),
+        dict(_timm("v2", {"conv_head": "conv2", "bn2": "conv2.norm"})),
+        input_std=IMAGENET_STD,
+    ),
+    Lineage(
+        "timm_mobilenetv3",
+        "timm's MobileNetV3",
+        ("conv_stem.weight", "blocks.6.0.conv.weight"),
+        dict(_timm("v3", {"blocks.6.0.conv": "conv2", "blocks.6.0.bn1": "conv2.norm"})),
+        input_std=IMAGENET_STD,
+        config={"MODEL.BATCH_NORM.EPS": 1e-5},
+    ),
+    Lineage(
+        "d-li14_mobilenetv3",
+        "a MobileNetV3 classifier (d-li14)",
+        ("features.4.conv.5.fc.0.weight", "conv.0.weight"),
+        {
+            **dict(mobilenet("v3", "features.", flat_v3, "conv.")),
+            "conv.0": f"{BODY}conv2",
+            "conv.1": f"{BODY}conv2.norm",
+        },
+        input_std=IMAGENET_STD,
+        config={"MODEL.BATCH_NORM.EPS": 1e-5},
+    ),
+    # qfgaohao's own labs have the inputs that these were trained with
+    Lineage(
+        "qfgaohao_mobilenetv1_classifier",
+        "a MobileNetV1 classifier (qfgaohao)",
+        ("0.0.weight", "13.3.weight"),
+        dict(mobilenet("v1", "", lambda index: V1)),
+    ),
+    *(
+        Lineage(
+            "qfgaohao_mobilenetv2_classifier",
+            "a MobileNetV2 classifier (qfgaohao)",
+            (f"{prefix}1.conv.3.weight", f"{prefix}18.0.weight"),
+            dict(mobilenet("v2", prefix, flat_v2, "conv.")),
         )
-    std = pixel_std if kind == "MobileNetV1" else [255 * std for std in IMAGENET_STD]
-    adapt_first_layer(result, _PREFIX + "conv1", std, pixel_std, input_format)
-    return result
-
-
-def _v1_name(name: str) -> str:
-    if not (match := re.fullmatch(r"(\d+)\.(\d)\.(\w+)", name)):
-        return name
-    index, position, leaf = int(match[1]), match[2], match[3]
-    layer = {"0": "", "1": "norm."}[position] if index == 0 else f"{_V1_LAYERS[position]}."
-    return f"{_PREFIX}{block_names('v1')[index]}.{layer}{leaf}"
-
-
-def _v3_name(name: str) -> str:
-    if match := re.fullmatch(r"(features\.0|features\.16|conv)\.([01])\.(\w+)", name):
-        layer = "conv1" if match[1] == "features.0" else "conv2"
-        return f"{_PREFIX}{layer}.{'norm.' if match[2] == '1' else ''}{match[3]}"
-    if match := re.fullmatch(r"features\.(\d+)\.conv\.(.+)\.(\w+)", name):
-        index, position, leaf = int(match[1]), match[2], match[3]
-        layer = (_V3_FIRST if index == 1 else _V3_LAYERS)[position]
-        return f"{_PREFIX}{block_names('v3')[index]}.{layer}.{leaf}"
-    return name
+        for prefix in ("", "features.")
+    ),
+]

@@ -1,12 +1,10 @@
-"""VGG16 classification weights: reduced-fc (DeepLab's, for SSD) and torchvision's two files."""
+"""VGG16: its layers' positions in the public models, and its classification weights."""
 
-from typing import Dict, Iterable, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
-from torch import Tensor
+from ssd.checkpoint.lineage import BODY, IMAGENET_STD, Lineage, State
 
-from ssd.checkpoint.layers import IMAGENET_STD, adapt_first_layer
-
-__all__ = ["CONV_NAMES", "convert", "recognises"]
+__all__ = ["BACKBONES", "CONV_NAMES", "subsample_fc", "vgg_layers"]
 
 # Position in the public models' ``nn.Sequential`` (with ReLUs and pools between) to our name.
 CONV_NAMES = {
@@ -17,65 +15,64 @@ CONV_NAMES = {
     24: "conv5_1", 26: "conv5_2", 28: "conv5_3",
     31: "fc6", 33: "fc7",
 }  # fmt: skip
-_PREFIXES = ("features.", "vgg.", "")
 
 
-def recognises(state: Dict[str, Tensor]) -> bool:
-    """Whether these are VGG16's weights alone: reduced-fc (with conv 31) or torchvision's."""
-    return _prefix(state) is not None
-
-
-def convert(
-    state: Dict[str, Tensor], pixel_std: Tuple[float, ...], input_format: str
-) -> Tuple[Dict[str, Tensor], str]:
-    """Weights of a public VGG16 file as those of our backbone.
-
-    Of torchvision's ``vgg16``, fc6 (512×7×7 inputs) and fc7 are subsampled to the dilated 3×3
-    and the 1×1 convolution of 1024 channels: every fourth output, every third row and column
-    (as the SSD authors made their reduced-fc file), and the first layer is rescaled from inputs
-    in [0, 1] / std to the config's. torchvision's ``IMAGENET1K_FEATURES``, with which its SSD300
-    starts, have NaN for a classifier and are made for 0-255 inputs, as reduced-fc is: here fc6 and
-    fc7 are left out, and stay fresh. The first layer is reversed if the config's images are BGR;
-    all files are made for RGB.
-
-    Args:
-        state: the file's parameters.
-        pixel_std, input_format: ``MODEL.PIXEL_STD`` and ``INPUT.FORMAT``.
-
-    Returns:
-        parameters by our names, and one line that says what was found.
-    """
-    prefix = _prefix(state)
-    result = {}
-    rest = dict(state)  # not ours: fvcore names them in the log
+def vgg_layers(prefix: str) -> Iterator[Tuple[str, str]]:
     for index, name in CONV_NAMES.items():
-        for leaf in ("weight", "bias"):
-            if (key := f"{prefix}{index}.{leaf}") in state:
-                result[f"backbone.bottom_up.{name}.{leaf}"] = rest.pop(key).clone()
-    found = "VGG16 reduced-fc"
-    input_std = (1.0, 1.0, 1.0)
-    if "classifier.0.weight" in state and state["classifier.0.weight"].isnan().any():
-        found = "torchvision VGG16 features for SSD, without a classifier: fc6 and fc7 stay fresh"
-    elif "classifier.0.weight" in state:
-        found = "torchvision VGG16, fc6 and fc7 subsampled"
-        fc6, fc6_bias = rest.pop("classifier.0.weight"), rest.pop("classifier.0.bias")
-        fc7, fc7_bias = rest.pop("classifier.3.weight"), rest.pop("classifier.3.bias")
-        fc6 = fc6.view(4096, 512, 7, 7)
-        prefix = "backbone.bottom_up."
-        result[prefix + "fc6.weight"] = fc6[::4, :, ::3, ::3].clone()
-        result[prefix + "fc6.bias"] = fc6_bias[::4].clone()
-        result[prefix + "fc7.weight"] = fc7.view(4096, 4096, 1, 1)[::4, ::4].clone()
-        result[prefix + "fc7.bias"] = fc7_bias[::4].clone()
-        input_std = [255 * std for std in IMAGENET_STD]
-    if input_format == "BGR":
-        found += ", first layer reversed to BGR"
-    name = "backbone.bottom_up.conv1_1"
-    adapt_first_layer(result, name, input_std, pixel_std, input_format)
-    return {**result, **rest}, found
+        yield f"{prefix}{index}", BODY + name
 
 
-def _prefix(names: Iterable[str]):
-    for prefix in _PREFIXES:
-        if f"{prefix}0.weight" in names and f"{prefix}28.weight" in names:
-            return prefix
-    return None
+def subsample_fc(state: State, fc6: str, fc7: str) -> State:
+    """fc6 (4096 of 512×7×7 inputs) and fc7 as the dilated 3×3 and the 1×1 of 1024 channels.
+
+    Every fourth output, every third row and column, as the SSD authors made their reduced-fc file.
+    """
+    result = dict(state)
+    result[f"{fc6}.weight"] = state[f"{fc6}.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+    result[f"{fc7}.weight"] = state[f"{fc7}.weight"].view(4096, 4096, 1, 1)[::4, ::4]
+    for layer in (fc6, fc7):
+        result[f"{layer}.bias"] = state[f"{layer}.bias"][::4]
+    return result
+
+
+def _has_classifier(state: State, meta: Dict[str, Any]) -> bool:
+    return not state["classifier.0.weight"].isnan().any()
+
+
+_IN_TORCHVISION = ("features.0.weight", "features.28.weight", "classifier.0.weight")
+_SSD_INPUT = (1.0, 1.0, 1.0)
+
+BACKBONES = [
+    Lineage(
+        "torchvision_vgg16",
+        "torchvision's VGG16, fc6 and fc7 subsampled",
+        _IN_TORCHVISION,
+        {
+            **dict(vgg_layers("features.")),
+            "classifier.0": f"{BODY}fc6",
+            "classifier.3": f"{BODY}fc7",
+        },
+        input_std=IMAGENET_STD,
+        condition=_has_classifier,
+        prepare=lambda state: subsample_fc(state, "classifier.0", "classifier.3"),
+    ),
+    # IMAGENET1K_FEATURES, with which torchvision's SSD300 starts, has NaN for a classifier.
+    Lineage(
+        "torchvision_vgg16_features",
+        "torchvision's VGG16 features for SSD, without a classifier: fc6 and fc7 stay fresh",
+        _IN_TORCHVISION,
+        dict(vgg_layers("features.")),
+        input_std=_SSD_INPUT,
+        condition=lambda state, meta: not _has_classifier(state, meta),
+    ),
+    *(
+        Lineage(
+            "vgg16_reducedfc",
+            "VGG16 reduced-fc",
+            (f"{prefix}0.weight", f"{prefix}28.weight"),
+            dict(vgg_layers(prefix)),
+            input_std=_SSD_INPUT,
+        )
+        for prefix in ("vgg.", "features.", "")
+    ),
+]

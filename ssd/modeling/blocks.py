@@ -122,13 +122,12 @@ class InvertedResidual(nn.Module):
         self.depthwise = conv_block(
             hidden, hidden, kernel, stride=stride, padding=padding, groups=hidden, **kwargs
         )
-        self.squeeze = nn.Identity()
+        self.squeeze = self.activate = nn.Identity()
         if squeeze:
             width = round_to_8(hidden // 4)
             self.squeeze = SqueezeExcitation(hidden, width, scale_activation=nn.Hardsigmoid)
             if squeeze_first:
-                activate, self.depthwise.activation = self.depthwise.activation, None
-                self.squeeze = nn.Sequential(self.squeeze, activate)
+                self.activate, self.depthwise.activation = self.depthwise.activation, None
         self.project = conv_block(hidden, out_channels, norm=norm)
         keeps_size = stride == 1 and 2 * self.depthwise.padding[0] == kernel - 1
         self.shortcut = keeps_size and in_channels == out_channels
@@ -139,7 +138,7 @@ class InvertedResidual(nn.Module):
 
     def after_expansion(self, x: Tensor) -> Tensor:
         """The rest of the block, (N, hidden, H, W) to (N, out_channels, H', W'); no shortcut."""
-        return self.project(self.squeeze(self.depthwise(x)))
+        return self.project(self.activate(self.squeeze(self.depthwise(x))))
 
 
 def round_to_8(channels: float) -> int:

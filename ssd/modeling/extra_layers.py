@@ -8,7 +8,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ssd.modeling.blocks import InvertedResidual, conv_block
+from ssd.modeling.blocks import BatchNorm2d, InvertedResidual, conv_block
 
 __all__ = ["L2Norm", "SSDBackbone", "build_ssd_backbone"]
 
@@ -31,7 +31,7 @@ class L2Norm(nn.Module):
 class SSDBackbone(Backbone):
     """A bottom-up backbone whose last feature map is reduced further by extra layers.
 
-    Outputs the chosen maps of ``bottom_up``, L2-normalised where asked for, and ``extra1``,
+    Outputs the chosen maps of ``bottom_up``, normalised where asked for, and ``extra1``,
     ``extra2``, …
     """
 
@@ -43,6 +43,7 @@ class SSDBackbone(Backbone):
         in_features: Sequence[str],
         extra_layers: Sequence[Sequence[int]] = (),
         l2_norm_features: Sequence[str] = (),
+        l2_norm: str = "L2Norm",
         block: str = "conv",
         norm: str = "",
         activation: str = "ReLU",
@@ -52,7 +53,9 @@ class SSDBackbone(Backbone):
             bottom_up: any Detectron2 backbone.
             in_features: names of its outputs to use; the last one feeds the extra layers.
             extra_layers: (bottleneck channels, output channels, kernel, stride, padding) of each.
-            l2_norm_features: those of ``in_features`` that are L2-normalised.
+            l2_norm_features: those of ``in_features`` that are normalised; the extra layers read
+                the map before it.
+            l2_norm: by what: "L2Norm", or "BN" for BatchNorm (``MODEL.SSD.L2_NORM``).
             block, norm, activation: the kind of extra layers; see ``MODEL.SSD.EXTRA_BLOCK``.
         """
         super().__init__()
@@ -66,10 +69,13 @@ class SSDBackbone(Backbone):
                 raise ValueError(f"MODEL.SSD.{key}: no feature {unknown} in {allowed}")
         if not in_features:
             raise ValueError("MODEL.SSD.IN_FEATURES is empty")
+        norms = {"L2Norm": L2Norm, "BN": BatchNorm2d}
+        if l2_norm not in norms:
+            raise ValueError(f"MODEL.SSD.L2_NORM: one of {list(norms)}, got {l2_norm!r}")
         self.bottom_up = bottom_up
         self.in_features = list(in_features)
         self.l2_norm = nn.ModuleDict(
-            {name: L2Norm(shapes[name].channels) for name in l2_norm_features}
+            {name: norms[l2_norm](shapes[name].channels) for name in l2_norm_features}
         )
         self._out_feature_channels = {name: shapes[name].channels for name in in_features}
         self._out_feature_strides = {name: shapes[name].stride for name in in_features}
@@ -108,6 +114,7 @@ class SSDBackbone(Backbone):
             "in_features": ssd.IN_FEATURES,
             "extra_layers": ssd.EXTRA_LAYERS,
             "l2_norm_features": ssd.L2_NORM_FEATURES,
+            "l2_norm": ssd.L2_NORM,
             "block": ssd.EXTRA_BLOCK,
             "norm": ssd.NORM,
             "activation": ssd.EXTRA_ACTIVATION,

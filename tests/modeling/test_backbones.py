@@ -310,19 +310,26 @@ def test_l2_norm_in_half_precision_does_not_overflow():
     torch.testing.assert_close(L2Norm(512)(x), expected)
 
 
-def test_only_the_chosen_features_are_normalised():
-    """The extra layers read the map before its L2Norm, as in Caffe."""
+@pytest.mark.parametrize("kind", ["L2Norm", "BN"])
+def test_only_the_chosen_features_are_normalised(kind):
+    """The extra layers read the map before it's normalised, as in Caffe."""
     torch.manual_seed(0)
     bottom_up = mobilenet_v2_of_width(0.25).eval()
     backbone = SSDBackbone(
         bottom_up=bottom_up, in_features=["stage5", "conv2"], l2_norm_features=["conv2"],
-        extra_layers=[[8, 16, 3, 2, 1]],
+        l2_norm=kind, extra_layers=[[8, 16, 3, 2, 1]],
     ).eval()  # fmt: skip
+    normalise = L2Norm(1280)
+    if kind == "BN":
+        normalise = make_alive(nn.BatchNorm2d(1280))
+        backbone.l2_norm.load_state_dict(
+            {f"conv2.{k}": x for k, x in normalise.state_dict().items()}
+        )
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         raw, outputs = bottom_up(image), backbone(image)
         torch.testing.assert_close(outputs["stage5"], raw["stage5"])
-        torch.testing.assert_close(outputs["conv2"], L2Norm(1280)(raw["conv2"]))
+        torch.testing.assert_close(outputs["conv2"], normalise(raw["conv2"]))
         torch.testing.assert_close(outputs["extra1"], backbone.extra_layers[0](raw["conv2"]))
 
 
@@ -398,6 +405,7 @@ def test_inverted_extra_layers_that_shrink_without_a_stride():
         (lambda: ssd_vgg(in_features=["res4"]), "MODEL.SSD.IN_FEATURES.*'res4'.*'fc7'"),
         (lambda: ssd_vgg(in_features=[]), "MODEL.SSD.IN_FEATURES is empty"),
         (lambda: ssd_vgg(l2_norm_features=["conv4_3"]), "MODEL.SSD.L2_NORM_FEATURES.*'conv4_3'"),
+        (lambda: ssd_vgg(l2_norm="GN"), r"MODEL.SSD.L2_NORM: one of \['L2Norm', 'BN'\], got 'GN'"),
         (lambda: ssd_vgg(extra_layers=[[8, 16]]), r"MODEL.SSD.EXTRA_LAYERS.*got \[8, 16\]"),
         (lambda: ssd_vgg(activation="Relu"), "MODEL.SSD.EXTRA_ACTIVATION.*'Relu'"),
         (lambda: ssd_vgg(activation="Linear"), "MODEL.SSD.EXTRA_ACTIVATION.*'Linear'"),

@@ -353,9 +353,11 @@ def test_memory_format_changes_no_result():
 
 
 def test_batch_norm_keys_reach_every_layer():
-    model = make_model("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.BATCH_NORM.MOMENTUM", "0.2")
+    opts = "MODEL.SSD.L2_NORM BN MODEL.SSD.L2_NORM_FEATURES ['stage5']".split()
+    model = make_model("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.BATCH_NORM.MOMENTUM", "0.2", *opts)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len(layers) > 30 and {(m.eps, m.momentum) for m in layers} == {(0.007, 0.2)}
+    assert len(layers) > 30 and model.backbone.l2_norm["stage5"] in layers
+    assert {(m.eps, m.momentum) for m in layers} == {(0.007, 0.2)}
     frozen = make_model("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.MOBILENET.NORM", "FrozenBN")
     layers = [m for m in frozen.modules() if isinstance(m, FrozenBatchNorm2d)]
     assert len(layers) > 20 and {m.eps for m in layers} == {0.007}

@@ -9,6 +9,7 @@ import torch
 from torchvision.models.detection import SSD300_VGG16_Weights, SSDLite320_MobileNet_V3_Large_Weights
 
 from ssd import model_zoo
+from ssd.checkpoint.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,8 +37,21 @@ def test_table_has_every_lab_in_order(lines):
 
 def test_links_lead_to_files(lines):
     for name, row in lines.items():
-        path = re.search(r"\]\((labs/.+?)\)", row)[1]
-        assert path.startswith(f"labs/{name}/") and (ROOT / path).is_file()
+        paths = re.findall(r"\]\((?!http)(.+?)\)", row)
+        assert paths[0].startswith(f"labs/{name}/")
+        assert all((ROOT / path).is_file() for path in paths)
+
+
+def test_published_are_the_papers_result_and_the_labs_first_weights(tool):
+    text = tool.published("ssd_vgg16_size512")
+    assert text.startswith("26.8 AP, COCO test-dev (paper); [27.2 AP, COCO val2017](http://")
+    assert text.endswith(" (`ssd512_coco_detectron2_fork`)")
+    text = tool.published("ssd_vgg16_size512_voc0712")
+    weights = PUBLISHED["ssd512_voc0712_caffe"]
+    assert text == (
+        f"[{weights.result}]({weights.url}) (`ssd512_voc0712_caffe`); [1 more](docs/checkpoints.md)"
+    )
+    assert tool.published("quickstart") == ""
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,11 @@ def box_rows(lab: str) -> Tuple[Row, ...]:
     """A lab's default boxes against independent formulas."""
     rows = []
     for source in sources.BOXES[lab]:
-        cfg = model_zoo.get_config(lab, trained=True) if source.zoo else lab_config(lab)
+        cfg = lab_config(lab)
+        if source.zoo:  # the settings of the source's own weights, whose name ends with its owner
+            owner = source.source.split("/")[0]
+            weights = next(x for x in model_zoo.weights_names(lab) if x.endswith(f"_{owner}"))
+            cfg = model_zoo.get_config(weights, trained=True)
         levels = list(source.make())
         generator = build_anchor_generator(cfg, [ShapeSpec()] * len(levels))
         ours = generator.per_level([size for size, _ in levels])

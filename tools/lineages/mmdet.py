@@ -31,7 +31,7 @@ from lineages.rows import (
     without_channels_last,
     worst,
 )
-from ssd.checkpoint import mmdet as names
+from ssd.checkpoint.recognition import recognise
 from ssd.modeling.postprocessing import decode_boxes, detect
 
 # Folder of the golden files, and what a file's name contains to the lab.
@@ -277,12 +277,17 @@ def _golden_targets(row, data, model, predictions) -> List[Row]:
     ]
 
 
+def _our_names(data, key: str) -> List[str]:
+    lineage = recognise(dict.fromkeys(str(name) for name in data["names"]))
+    return [lineage.our_name(str(name)) for name in data[key]]
+
+
 def _golden_gradients(row, data, model, predictions) -> Row:
     losses = model.forward_training(None, None, predictions, _golden_instances(data, model, "main"))
     model.zero_grad()
     sum(losses.values()).backward()
     parameters = dict(model.named_parameters())
-    ours = [names.map_name(str(name)) for name in data["grad_names"]]
+    ours = _our_names(data, "grad_names")
     if set(parameters) != set(ours):
         raise ValueError(f"parameters {set(parameters) ^ set(ours)} on one side only")
     grads = [parameters[name].grad for name in ours]
@@ -300,7 +305,7 @@ def _golden_batch_norm(row, data, model, inputs) -> List[Row]:
     expected = [data[f"train_{x}"].astype(np.float64).sum() for x in ("loss_cls", "loss_bbox")]
     actual = [float(losses[x]) for x in ("loss_cls", "loss_box_reg")]
     buffers = dict(model.named_buffers())
-    ours = [names.map_name(str(name)) for name in data["train_bn_names"]]
+    ours = _our_names(data, "train_bn_names")
     norms = [float(buffers[name].double().norm()) for name in ours]
     difference = relative(data["train_bn_norm"].tolist(), norms)
     text = f"norms of {len(norms)} means and variances after a step"

@@ -1,10 +1,11 @@
 """SSDs as other projects define them, for tools/fidelity.py; nothing here uses ssd/ or labs/.
 
-Networks in plain torch (torchvision's MobileNetV2 and ResNet-50 as bodies) and default boxes in
-plain float64 loops, both from the sources' definitions: their code isn't run. Numbers are written
-out as the sources list them.
+Networks in plain torch (torchvision's VGG16, MobileNetV2 and ResNet-50 as bodies) and default boxes
+in plain float64 loops, both from the sources' definitions: their code isn't run. Numbers are
+written out as the sources list them.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
@@ -12,6 +13,7 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet50
+from torchvision.models.vgg import cfgs, make_layers
 
 __all__ = ["BOXES", "NETWORKS", "Boxes", "Network", "SourceDetector", "layers", "shape_order"]
 
@@ -157,6 +159,19 @@ _LUFFICC = Boxes(
 )
 
 
+def _qfgaohao(maps, steps, sizes, ratios) -> Boxes:
+    return Boxes(
+        "qfgaohao/pytorch-ssd",
+        lambda: clamped(300, maps, steps, sizes, ratios),
+        "cx, cy, w, h clamped",
+    )
+
+
+_QFGAOHAO_LIGHT = _qfgaohao(
+    (19, 10, 5, 3, 2, 1), (16, 32, 64, 100, 150, 300), _SIZES_LIGHT, _RATIOS_LIGHT
+)
+
+
 def _lufficc_vgg(side, maps, steps, sizes, ratios) -> Boxes:
     return Boxes(
         "lufficc/SSD",
@@ -188,15 +203,11 @@ BOXES: Dict[str, List[Boxes]] = {
         _caffe_ssd(512, [7, 15, 30, 45, 60, 75, 90, 105], "ssd_pascal.py, 512"),
         _LUFFICC_512,
     ],
-    "ssd_mobilenetv1_size300_voc0712": [
-        Boxes(
-            "qfgaohao/pytorch-ssd",
-            lambda: clamped(
-                300, (19, 10, 5, 3, 2, 1), (16, 32, 64, 100, 150, 300), _SIZES_LIGHT, _RATIOS_LIGHT
-            ),
-            "cx, cy, w, h clamped",
-        )
+    "ssd_vgg16_size300_qfgaohao": [
+        _qfgaohao(_MAPS_300, _STEPS_300, [30, 60, 111, 162, 213, 264, 315], _RATIOS_300)
     ],
+    "ssd_mobilenetv1_size300_voc0712": [_QFGAOHAO_LIGHT],
+    "ssdlite_mobilenetv2_size300_voc0712": [_QFGAOHAO_LIGHT],
     "ssdlite_mobilenetv2_size320_voc0712": [_LUFFICC],
     "ssdlite_mobilenetv3_size320_voc0712": [_LUFFICC],
     "ssd_resnet50_size300": [
@@ -238,19 +249,25 @@ BOXES: Dict[str, List[Boxes]] = {
 
 
 class SourceDetector(nn.Module):
-    """A body in stages, each of which ends at a level, and two predictors per level."""
+    """A body in stages, each of which ends at a level, and two predictors per level.
 
-    def __init__(self, stages: Sequence[nn.Module], confidences, locations):
+    An add-on stands between the first level and its predictors; the body goes on without it.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], confidences, locations, add_on=None):
         super().__init__()
-        self.stages = nn.ModuleList(stages)
+        # In the order of our layers: backbone, add-on, extra layers.
+        self.base, self.add_on = nn.ModuleList(stages[:2]), add_on or nn.Identity()
+        self.extras = nn.ModuleList(stages[2:])
         self.confidences, self.locations = nn.ModuleList(confidences), nn.ModuleList(locations)
 
     def forward(self, x: Tensor) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
         """Images (N, 3, H, W) to each level's features and the predictors' maps."""
         features = []
-        for stage in self.stages:
+        for stage in (*self.base, *self.extras):
             x = stage(x)
             features.append(x)
+        features[0] = self.add_on(features[0])
         return (
             features,
             [predict(x) for predict, x in zip(self.confidences, features)],
@@ -277,8 +294,9 @@ def _plain(level, inputs, outputs):
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-def _lufficc_lite(level, inputs, outputs):
-    """The depthwise convolution has a bias before its BatchNorm; the last level is 1×1 only."""
+def _light_lite(level, inputs, outputs):
+    """lufficc's and qfgaohao's: the depthwise convolution has a bias before its BatchNorm, and the
+    last level is 1×1 only."""
     if level == 5:
         return nn.Conv2d(inputs, outputs, 1)
     depthwise = _conv(inputs, inputs, 3, activation=nn.ReLU6, groups=inputs, bias=True)
@@ -288,6 +306,29 @@ def _lufficc_lite(level, inputs, outputs):
 def _tf_lite(level, inputs, outputs):
     depthwise = _conv(inputs, inputs, 3, activation=nn.ReLU6, groups=inputs)
     return nn.Sequential(*depthwise, nn.Conv2d(inputs, outputs, 1))
+
+
+def _qfgaohao_extra(inputs, middle, outputs, stride=2, padding=1) -> nn.Sequential:
+    """With biases, without BatchNorm."""
+    strided = nn.Conv2d(middle, outputs, 3, stride, padding)
+    return nn.Sequential(nn.Conv2d(inputs, middle, 1), nn.ReLU(), strided, nn.ReLU())
+
+
+def _qfgaohao_vgg16() -> SourceDetector:
+    base = make_layers(cfgs["D"])
+    base[16].ceil_mode = True  # the third pool: 75 to 38
+    fully = [nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.Conv2d(1024, 1024, 1)]
+    stages = [base[:23]]  # conv4_3 with its ReLU
+    stages.append(
+        nn.Sequential(*base[23:30], nn.MaxPool2d(3, 1, 1), fully[0], nn.ReLU(), fully[1], nn.ReLU())
+    )
+    stages.append(_qfgaohao_extra(1024, 256, 512))
+    stages.append(_qfgaohao_extra(512, 128, 256))
+    stages.append(_qfgaohao_extra(256, 128, 256, stride=1, padding=0))
+    stages.append(_qfgaohao_extra(256, 128, 256, stride=1, padding=0))
+    channels = (512, 1024, 512, 256, 256, 256)
+    heads = _heads(_plain, channels, [4, 6, 6, 6, 4, 4], 21)
+    return SourceDetector(stages, *heads, add_on=nn.BatchNorm2d(512))
 
 
 def _qfgaohao_mobilenetv1() -> SourceDetector:
@@ -301,20 +342,21 @@ def _qfgaohao_mobilenetv1() -> SourceDetector:
     for inputs, middle, outputs in (
         (1024, 256, 512), (512, 128, 256), (256, 128, 256), (256, 128, 256)
     ):  # fmt: skip
-        stages.append(
-            nn.Sequential(
-                nn.Conv2d(inputs, middle, 1),
-                nn.ReLU(),
-                nn.Conv2d(middle, outputs, 3, stride=2, padding=1),
-                nn.ReLU(),
-            )
-        )
+        stages.append(_qfgaohao_extra(inputs, middle, outputs))
     return SourceDetector(stages, *_heads(_plain, (512, 1024, 512, 256, 256, 256), [6] * 6, 21))
 
 
-def _lufficc_mobilenetv2() -> SourceDetector:
+def _inside_block_14(base: nn.Sequential) -> List[nn.Module]:
+    """MobileNetV2 up to block 14's expansion, which is level 0, and from there; that block has no
+    shortcut."""
+    first = nn.Sequential(*base[:14], base[14].conv[0])
+    return [first, nn.Sequential(*base[14].conv[1:], *base[15:])]
+
+
+def _light_mobilenetv2(inside: bool) -> SourceDetector:
+    """lufficc's, whose level 0 ends block 13, and qfgaohao's, inside block 14."""
     base = mobilenet_v2().features
-    stages = [base[:14], base[14:]]
+    stages = _inside_block_14(base) if inside else [base[:14], base[14:]]
     for inputs, hidden, outputs in (
         (1280, 256, 512), (512, 128, 256), (256, 128, 256), (256, 64, 64)
     ):  # fmt: skip
@@ -325,8 +367,8 @@ def _lufficc_mobilenetv2() -> SourceDetector:
                 *_conv(hidden, outputs, activation=None),
             )
         )
-    channels = (96, 1280, 512, 256, 256, 64)
-    return SourceDetector(stages, *_heads(_lufficc_lite, channels, [6] * 6, 21))
+    channels = (576 if inside else 96, 1280, 512, 256, 256, 64)
+    return SourceDetector(stages, *_heads(_light_lite, channels, [6] * 6, 21))
 
 
 class _HSwish(nn.Module):
@@ -394,7 +436,7 @@ def _lufficc_mobilenetv3() -> SourceDetector:
     ):  # fmt: skip
         stages.append(_LufficcBlock(3, inputs, hidden, outputs, squeeze, _HSwish, 2))
     channels = (112, 960, 512, 256, 256, 64)
-    return SourceDetector(stages, *_heads(_lufficc_lite, channels, [6] * 6, 21))
+    return SourceDetector(stages, *_heads(_light_lite, channels, [6] * 6, 21))
 
 
 def _nvidia_resnet50() -> SourceDetector:
@@ -425,9 +467,7 @@ def _tensorflow_mobilenetv2() -> SourceDetector:
     base[0][0] = _same(300, base[0][0])
     for index, side in ((2, 150), (4, 75), (7, 38), (14, 19)):
         base[index].conv[1][0] = _same(side, base[index].conv[1][0])
-    # level 0 is the expansion of block 14, and the rest of that block has no shortcut
-    stages = [nn.Sequential(*base[:14], base[14].conv[0])]
-    stages.append(nn.Sequential(*base[14].conv[1:], *base[15:]))
+    stages = _inside_block_14(base)
     for inputs, middle, outputs, side in (
         (1280, 256, 512, 10), (512, 128, 256, 5), (256, 128, 256, 3), (256, 64, 128, 2)
     ):  # fmt: skip
@@ -473,13 +513,22 @@ class Network:
 
 
 _V1 = "MobileNetV1 in torch.nn; ReLU, extra layers without BatchNorm"
+_V2 = "torchvision's MobileNetV2, rest in torch.nn; depthwise biases folded"
 NETWORKS: Dict[str, Network] = {
     "ssd_mobilenetv1_size300_voc0712": Network(
         "qfgaohao/pytorch-ssd", _qfgaohao_mobilenetv1, [6] * 6, [127] * 3, [128] * 3, _V1
     ),
+    "ssd_vgg16_size300_qfgaohao": Network(
+        "qfgaohao/pytorch-ssd", _qfgaohao_vgg16, [4, 6, 6, 6, 4, 4], [123, 117, 104], [1] * 3,
+        "torchvision's VGG16, rest in torch.nn; BatchNorm on conv4_3 for the head only",
+    ),
+    "ssdlite_mobilenetv2_size300_voc0712": Network(
+        "qfgaohao/pytorch-ssd", functools.partial(_light_mobilenetv2, inside=True), [6] * 6,
+        [127] * 3, [128] * 3, _V2 + "; level 0 inside a block",
+    ),
     "ssdlite_mobilenetv2_size320_voc0712": Network(
-        "lufficc/SSD", _lufficc_mobilenetv2, [6] * 6, [123, 117, 104], [1] * 3,
-        "torchvision's MobileNetV2, rest in torch.nn; depthwise biases folded",
+        "lufficc/SSD", functools.partial(_light_mobilenetv2, inside=False), [6] * 6,
+        [123, 117, 104], [1] * 3, _V2,
     ),
     "ssdlite_mobilenetv3_size320_voc0712": Network(
         "lufficc/SSD", _lufficc_mobilenetv3, [6] * 6, [123, 117, 104], [1] * 3,

@@ -31,7 +31,7 @@ from lineages.rows import (
     watch,
     without_channels_last,
 )
-from ssd.checkpoint import torchvision as names
+from ssd.checkpoint.recognition import recognise
 
 # torchvision's function, and what is added to the logits of the background and of the first class.
 MODELS = {
@@ -258,14 +258,15 @@ def _step_rows(row, theirs, model, defaults, batch) -> List[Row]:
     difference = relative(*loss_values(expected, actual))
     rows.append(row("training step: losses", difference, 1e-5, "rel.", "float64"))
     gradients = {name: x.grad for name, x in theirs.named_parameters()}
-    gradients = names.convert(gradients)
+    lineage = recognise(theirs.state_dict())
+    gradients = lineage.to_ours(gradients)
     ours = dict(model.named_parameters())
     if set(gradients) != set(ours):
         raise ValueError(f"parameters {set(gradients) ^ set(ours)} on one side only")
     norms = [[float(x.double().norm()) for x in (gradients[n], ours[n].grad)] for n in ours]
     text = f"float64, norms of {len(norms)} parameters"
     rows.append(row("training step: gradients", relative(*zip(*norms)), 1e-5, "rel.", text))
-    state, ours = names.convert(theirs.state_dict()), model.state_dict()
+    state, ours = lineage.to_ours(theirs.state_dict()), model.state_dict()
     if statistics := [name for name in ours if name.endswith(("running_mean", "running_var"))]:
         norms = [[float(x[name].double().norm()) for x in (state, ours)] for name in statistics]
         text = f"float64, norms of {len(norms)} means and variances after the step"

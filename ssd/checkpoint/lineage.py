@@ -1,0 +1,182 @@
+"""What all lineages have in common: their names to ours and back, and how values are laid out."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BODY", "IMAGENET_STD", "MAX_LEVELS", "Lineage", "State", "count_classes", "flat_extras",
+    "heads", "lite_heads", "predictors",
+]  # fmt: skip
+
+State = Dict[str, Tensor]
+
+BODY = "backbone.bottom_up."  # of our names
+# By which torchvision's classifiers expect RGB in [0, 255] to be divided.
+IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
+MAX_LEVELS = 8
+_PREDICTOR_BIAS = re.compile(r"head\.(cls|box)_predictors\.(\d+)(\.\d)?\.bias")
+_FIRST_LAYERS = (f"{BODY}conv1_1", f"{BODY}conv1", f"{BODY}stem.conv1")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """How the files of one project name and lay out the parameters of one network.
+
+    Attributes:
+        key: short name, as in :data:`ssd.checkpoint.published.PUBLISHED`.
+        title: for the log.
+        signature: parameters that, together, only these files have.
+        condition: what else tells these files, of parameters and the file's ``meta``.
+        names: their layers to ours; a whole parameter's name goes before its layer's.
+        background_first: the first output of a box is the background's; ours is the last.
+        input_format: order of the input's channels.
+        input_std: of a classifier, by what it expects values in [0, 255] to be divided: the first
+            layer is scaled to ``MODEL.PIXEL_STD``. None: it isn't.
+        config: keys of the config and the values that a classifier was trained with, if they can
+            differ. A detector's stand in its lab (:data:`ssd.checkpoint.published.PUBLISHED`).
+        prepare: their parameters to those that ``names`` knows.
+        restore: the inverse of ``prepare``.
+    """
+
+    key: str
+    title: str
+    signature: Tuple[str, ...]
+    names: Dict[str, str]
+    background_first: bool = False
+    input_format: str = "RGB"
+    input_std: Optional[Tuple[float, ...]] = None
+    condition: Callable[[State, Dict[str, Any]], bool] = lambda state, meta: True
+    config: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[State], State] = lambda state: state
+    restore: Callable[[State], State] = lambda state: state
+
+    def recognises(self, state: State, meta: Optional[Dict[str, Any]] = None) -> bool:
+        return all(name in state for name in self.signature) and self.condition(state, meta or {})
+
+    def our_name(self, name: str) -> str:
+        """Of one parameter; itself if there is no counterpart."""
+        return _new_name(name, self.names)
+
+    def to_ours(
+        self, state: State, input_format: str = "RGB", pixel_std: Sequence[float] = (1.0, 1.0, 1.0)
+    ) -> State:
+        """Their parameters by our names, for images of this order of channels and this scale.
+
+        A parameter without a counterpart keeps its name. The given tensors stay as they are.
+        """
+        result = _rename(self.prepare(state), self.names)
+        for name in [name for name in result if name.endswith(".bias")]:
+            if (mean := f"{name[:-5]}.norm.running_mean") in result:  # ours has no such bias
+                result[mean] = result[mean] - result.pop(name)
+        if self.background_first:
+            _roll_classes(result, -1)
+        first = next((name for name in _FIRST_LAYERS if f"{name}.weight" in result), None)
+        if first:
+            if input_format != self.input_format:
+                result[f"{first}.weight"] = result[f"{first}.weight"].flip(1)
+            if self.input_std:
+                std = self.input_std[:: 1 if input_format == self.input_format else -1]
+                _scale_first_layer(result, first, torch.tensor(pixel_std) / torch.tensor(std))
+        return result
+
+    def from_ours(self, state: State) -> State:
+        """Our parameters, of a model for RGB, as theirs.
+
+        Raises:
+            ValueError: a parameter has no counterpart: the network isn't theirs.
+        """
+        state = dict(state)
+        for name in _FIRST_LAYERS:
+            if self.input_format == "BGR" and f"{name}.weight" in state:
+                state[f"{name}.weight"] = state[f"{name}.weight"].flip(1)
+        if self.background_first:
+            _roll_classes(state, 1)
+        result = _rename(state, {ours: theirs for theirs, ours in self.names.items()})
+        if unknown := [name for name in result if name in state]:
+            raise ValueError(f"{self.title} has no name for {', '.join(unknown[:4])}")
+        return self.restore(result)
+
+
+def flat_extras(prefix: str, *positions: str) -> Iterator[Tuple[str, str]]:
+    """Extra layers of two convolutions.
+
+    Args:
+        prefix: in front of the number of all convolutions, or of the pair if there are
+        positions: of the two within a pair.
+    """
+    for level in range(MAX_LEVELS):
+        for half in (0, 1):
+            theirs = f"{level}.{positions[half]}" if positions else str(2 * level + half)
+            yield f"{prefix}{theirs}", f"backbone.extra_layers.{level}.{half}"
+
+
+def heads(cls: str, box: str) -> Iterator[Tuple[str, str]]:
+    """Predictors of one convolution; ``cls`` and ``box`` are names with a "{}" for the level."""
+    for theirs, ours in ((cls, "head.cls_predictors.{}"), (box, "head.box_predictors.{}")):
+        for level in range(MAX_LEVELS):
+            yield theirs.format(level), ours.format(level)
+
+
+def lite_heads(
+    cls: str, box: str, depthwise: str, norm: str, pointwise: str, last_1x1: bool = False
+) -> Iterator[Tuple[str, str]]:
+    """Predictors of a depthwise and a 1×1 convolution, of which the last of six may be 1×1 only."""
+    for theirs, ours in heads(cls, box):
+        if last_1x1 and ours.endswith(".5"):
+            yield theirs, f"{ours}.0"
+            continue
+        yield f"{theirs}{depthwise}", f"{ours}.0"
+        yield f"{theirs}{norm}", f"{ours}.0.norm"
+        yield f"{theirs}{pointwise}", f"{ours}.1"
+
+
+def predictors(state: State) -> Dict[str, str]:
+    """Of our parameters: {layer that predicts classes: the level's that predicts boxes}."""
+    found: Dict[str, Dict[str, str]] = {"cls": {}, "box": {}}
+    for name in state:
+        if match := _PREDICTOR_BIAS.fullmatch(name):
+            found[match[1]][match[2]] = name.removesuffix(".bias")
+    return {
+        layer: found["box"][level] for level, layer in found["cls"].items() if level in found["box"]
+    }
+
+
+def count_classes(state: State, cls: str, box: str) -> int:
+    """K of a pair of :func:`predictors`."""
+    return len(state[f"{cls}.bias"]) * 4 // len(state[f"{box}.bias"]) - 1
+
+
+def _rename(state: State, names: Dict[str, str]) -> State:
+    return {_new_name(name, names): value for name, value in state.items()}
+
+
+def _new_name(name: str, names: Dict[str, str]) -> str:
+    layer, _, leaf = name.rpartition(".")
+    return names.get(name) or (f"{names[layer]}.{leaf}" if layer in names else name)
+
+
+def _roll_classes(state: State, by: int) -> None:
+    """Moves the background of each default box from first to last (by -1) or back (by 1)."""
+    for cls, box in predictors(state).items():
+        num_anchors = len(state[f"{box}.bias"]) // 4
+        for name in (f"{cls}.weight", f"{cls}.bias"):
+            value = state[name].unflatten(0, (num_anchors, -1))
+            state[name] = value.roll(by, dims=1).flatten(0, 1)
+
+
+def _scale_first_layer(state: State, name: str, scale: Tensor) -> None:
+    """Multiplies what a convolution expects its input's channels to be divided by.
+
+    Where BatchNorm follows, the common part of the scale goes into its statistics: in the weights
+    it would change the size of a training step relative to theirs.
+    """
+    if f"{name}.norm.running_var" in state:
+        common = scale.mean()
+        scale = scale / common
+        state[f"{name}.norm.running_mean"] = state[f"{name}.norm.running_mean"] / common
+        state[f"{name}.norm.running_var"] = state[f"{name}.norm.running_var"] / common**2
+    state[f"{name}.weight"] = state[f"{name}.weight"] * scale[None, :, None, None]

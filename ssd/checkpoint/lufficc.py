@@ -1,0 +1,63 @@
+"""lufficc/SSD: on VGG16, MobileNetV2 and MobileNetV3."""
+
+from typing import Callable, Dict, Iterator, Tuple
+
+from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, flat_extras, heads, lite_heads
+from ssd.checkpoint.mobilenet import FLAT_SE, NESTED, flat_v3, mobilenet, nested_v2
+from ssd.checkpoint.vgg import vgg_layers
+
+__all__ = ["LINEAGES"]
+
+_CLS = "box_head.predictor.cls_headers.{}"
+_BOX = "box_head.predictor.reg_headers.{}"
+_HEAD = "box_head.predictor.cls_headers.0"
+
+
+def _mobilenet(
+    version: str, block: Callable[[int], Dict[str, str]], extra: Dict[str, str]
+) -> Iterator[Tuple[str, str]]:
+    yield from mobilenet(version, "backbone.features.", block, "conv.")
+    for level in range(MAX_LEVELS):
+        for theirs, ours in extra.items():
+            yield f"backbone.extras.{level}.conv.{theirs}", f"backbone.extra_layers.{level}.{ours}"
+    # the last level's are bare; the others' layers lie in "conv"
+    yield from lite_heads(_CLS, _BOX, ".conv.0", ".conv.1", ".conv.3", last_1x1=True)
+
+
+def _linear_to_conv(state: State) -> State:
+    """Squeeze-and-excitation's fully connected layers as 1×1 convolutions."""
+    return {
+        name: x[:, :, None, None] if ".fc." in name and x.dim() == 2 else x
+        for name, x in state.items()
+    }
+
+
+LINEAGES = [
+    Lineage(
+        "lufficc_vgg",
+        "lufficc's SSD",
+        (f"{_HEAD}.weight", "backbone.vgg.0.weight"),
+        {
+            **dict(vgg_layers("backbone.vgg.")),
+            **dict(flat_extras("backbone.extras.")),
+            **dict(heads(_CLS, _BOX)),
+            "backbone.l2_norm": "backbone.l2_norm.conv4_3",
+        },
+        background_first=True,
+    ),
+    Lineage(
+        "lufficc_mobilenetv2",
+        "lufficc's MobileNetV2 SSDLite",
+        (f"{_HEAD}.conv.0.weight", "backbone.features.1.conv.0.0.weight"),
+        dict(_mobilenet("v2", nested_v2, NESTED)),
+        background_first=True,
+    ),
+    Lineage(
+        "lufficc_mobilenetv3",
+        "lufficc's MobileNetV3 SSDLite",
+        (f"{_HEAD}.conv.0.weight", "backbone.features.4.conv.5.fc.0.weight"),
+        dict(_mobilenet("v3", flat_v3, FLAT_SE)),
+        background_first=True,
+        prepare=_linear_to_conv,
+    ),
+]

@@ -1,0 +1,49 @@
+"""NVIDIA DeepLearningExamples' SSD300 on ResNet-50."""
+
+from typing import Iterator, Tuple
+
+from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, heads
+from ssd.checkpoint.resnet import torchvision_resnet
+
+__all__ = ["LINEAGES"]
+
+
+def _names() -> Iterator[Tuple[str, str]]:
+    prefix = "feature_extractor.feature_extractor."
+    stages = {"1": "4", "2": "5", "3": "6"}
+    for theirs, ours in torchvision_resnet(("0", "1"), "layer{}."):
+        if theirs.startswith("layer"):
+            stage, rest = theirs.removeprefix("layer").split(".", 1)
+            if stage not in stages:
+                continue
+            theirs = f"{stages[stage]}.{rest}"
+        yield prefix + theirs, ours
+    for level in range(MAX_LEVELS):
+        for theirs, ours in {"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"}.items():
+            yield f"additional_blocks.{level}.{theirs}", f"backbone.extra_layers.{level}.{ours}"
+    yield from heads("conf.{}", "loc.{}")
+
+
+def _boxes_first(state: State) -> State:
+    """Outputs of a level ordered by class or coordinate, then default box, to box, then class."""
+    result = dict(state)
+    for level in range(MAX_LEVELS):
+        for kind in ("conf", "loc"):
+            for leaf in ("weight", "bias"):
+                if (name := f"{kind}.{level}.{leaf}") in state:
+                    num_anchors = len(state[f"loc.{level}.bias"]) // 4
+                    value = state[name].unflatten(0, (-1, num_anchors))
+                    result[name] = value.transpose(0, 1).flatten(0, 1)
+    return result
+
+
+LINEAGES = [
+    Lineage(
+        "nvidia",
+        "NVIDIA's SSD300",
+        ("feature_extractor.feature_extractor.0.weight", "conf.0.weight"),
+        dict(_names()),
+        background_first=True,
+        prepare=_boxes_first,
+    )
+]

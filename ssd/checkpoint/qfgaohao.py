@@ -1,0 +1,73 @@
+"""qfgaohao/pytorch-ssd: on VGG16, MobileNetV1 and MobileNetV2."""
+
+import re
+from typing import Iterator, Tuple
+
+import torch
+
+from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, flat_extras, heads, lite_heads
+from ssd.checkpoint.mobilenet import FLAT, V1, flat_v2, mobilenet
+from ssd.checkpoint.vgg import vgg_layers
+
+__all__ = ["LINEAGES"]
+
+_CLS, _BOX = "classification_headers.{}", "regression_headers.{}"
+_VGG = {
+    **dict(vgg_layers("base_net.")),
+    **dict(flat_extras("extras.", "0", "2")),
+    **dict(heads(_CLS, _BOX)),
+}
+
+
+def _mobilenetv2() -> Iterator[Tuple[str, str]]:
+    yield from mobilenet("v2", "base_net.", flat_v2, "conv.")
+    for level in range(MAX_LEVELS):
+        for theirs, ours in FLAT.items():
+            yield f"extras.{level}.conv.{theirs}", f"backbone.extra_layers.{level}.{ours}"
+    yield from lite_heads(_CLS, _BOX, ".0", ".1", ".3", last_1x1=True)
+
+
+def _with_depthwise_bias(state: State) -> State:
+    """Their predictors' depthwise convolutions have a bias in front of BatchNorm; ours don't."""
+    result = dict(state)
+    for name, value in state.items():
+        if re.fullmatch(r"(classification|regression)_headers\.\d\.0\.weight", name):
+            result[f"{name[:-6]}bias"] = torch.zeros(len(value))
+    return result
+
+
+LINEAGES = [
+    Lineage(
+        "qfgaohao_mobilenetv2",
+        "qfgaohao's MobileNetV2 SSDLite",
+        ("classification_headers.0.3.weight", "base_net.1.conv.3.weight"),
+        dict(_mobilenetv2()),
+        background_first=True,
+        restore=_with_depthwise_bias,
+    ),
+    Lineage(
+        "qfgaohao_mobilenetv1",
+        "qfgaohao's MobileNetV1 SSD",
+        ("classification_headers.0.weight", "base_net.1.3.weight"),
+        {
+            **dict(mobilenet("v1", "base_net.", lambda index: V1)),
+            **dict(flat_extras("extras.", "0", "2")),
+            **dict(heads(_CLS, _BOX)),
+        },
+        background_first=True,
+    ),
+    Lineage(
+        "qfgaohao_vgg_l2norm",
+        "qfgaohao's VGG16 SSD of 2018, with L2Norm",
+        ("classification_headers.0.weight", "source_layer_add_ons.0.scale"),
+        {**_VGG, "source_layer_add_ons.0.scale": "backbone.l2_norm.conv4_3.weight"},
+        background_first=True,
+    ),
+    Lineage(
+        "qfgaohao_vgg",
+        "qfgaohao's VGG16 SSD",
+        ("classification_headers.0.weight", "source_layer_add_ons.0.running_mean"),
+        {**_VGG, "source_layer_add_ons.0": "backbone.l2_norm.conv4_3"},
+        background_first=True,
+    ),
+]

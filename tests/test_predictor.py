@@ -1,0 +1,147 @@
+"""Predictor: a file of any lineage and an image, to detections in the image's pixels."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+import ssd
+from ssd import model_zoo
+from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.published import PUBLISHED
+
+
+@pytest.fixture
+def image():
+    """(120, 160, 3) uint8, unlike in each channel."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8) // np.uint8([1, 2, 4])
+    return coarse.repeat(20, 0).repeat(20, 1)
+
+
+@pytest.fixture
+def cfg(tiny_cfg, tmp_path):
+    """The quickstart lab's, tiny, with random weights in a file."""
+    cfg = tiny_cfg("MODEL.WEIGHTS", str(tmp_path / "model.pth"))
+    torch.manual_seed(0)
+    SSDCheckpointer(build_model(cfg), str(tmp_path)).save("model")
+    return cfg
+
+
+def assert_detections_equal(actual, expected):
+    assert actual.image_size == expected.image_size and len(actual) == len(expected) > 0
+    torch.testing.assert_close(actual.scores, expected.scores)
+    torch.testing.assert_close(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(actual.pred_classes, expected.pred_classes)
+
+
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+@pytest.mark.parametrize("shortest", [0, 60])
+def test_is_the_model_on_the_image_in_the_configs_order(cfg, image, order, shortest):
+    cfg = copy.deepcopy(cfg)
+    cfg.defrost()
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = order, shortest
+    predictor = ssd.Predictor(cfg)
+    assert isinstance(predictor, DefaultPredictor) and not predictor.model.training
+    assert predictor.metadata is MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    assert predictor.cfg == cfg and predictor.cfg is not cfg
+
+    before = image.copy()
+    actual = predictor(image)["instances"]
+    assert (image == before).all() and not actual.scores.requires_grad
+    assert (actual.scores.diff() <= 0).all()
+    assert_detections_equal(actual, DefaultPredictor(cfg)(image)["instances"])
+    if not shortest:
+        array = image if order == "BGR" else image[:, :, ::-1]
+        inputs = torch.from_numpy(array.transpose(2, 0, 1).copy())
+        with torch.no_grad():
+            (expected,) = predictor.model([{"image": inputs}])
+        assert actual.image_size == (120, 160)
+        assert_detections_equal(actual, expected["instances"])
+
+
+def test_a_lab_without_a_data_set_has_no_metadata(cfg, image):
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = ()
+    predictor = ssd.Predictor(cfg)
+    assert not hasattr(predictor, "metadata") and len(predictor(image)["instances"])
+
+
+def test_averaged_weights_are_taken_as_in_evaluation(cfg, tmp_path):
+    data = torch.load(tmp_path / "model.pth", weights_only=True)
+    data["ema"] = {k: x + 1 for k, x in data["model"].items()}
+    torch.save(data, tmp_path / "model.pth")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.EMA.ENABLED = True
+    for name, value in ssd.Predictor(cfg).model.state_dict().items():
+        assert torch.equal(value, data["ema"][name]), name
+
+
+def test_weights_must_be_there_and_fill_the_model(cfg, tmp_path):
+    data = torch.load(tmp_path / "model.pth", weights_only=True)
+    del data["model"]["head.cls_predictors.0.1.bias"]
+    torch.save(data, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="head.cls_predictors.0.1.bias"):
+        ssd.Predictor(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = ""
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS"):
+        ssd.Predictor(cfg)
+
+
+def test_another_lineages_published_weights_by_name(image, tmp_path, monkeypatch):
+    """torchvision's model and ours, from the same file, on an image of the network's size."""
+    torch.manual_seed(0)
+    theirs = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    with torch.no_grad():
+        for module in theirs.head.classification_head.module_list:
+            torch.nn.init.normal_(module[-1].weight, std=2.0)  # scores of all sizes, none equal
+    name = "ssdlite_mobilenetv3_coco_torchvision"
+    weights = PUBLISHED[name]
+    monkeypatch.chdir(tmp_path)
+    torch.save(theirs.state_dict(), weights.file_name)
+    with pytest.raises(ValueError, match="SHA-256"):
+        ssd.Predictor(name)
+    monkeypatch.setitem(PUBLISHED, name, weights._replace(sha256=None))
+    predictor = ssd.Predictor(name)
+    assert predictor.cfg.MODEL.WEIGHTS == f"zoo://{name}"
+    assert predictor.metadata is MetadataCatalog.get("coco_2017_val_ids")
+
+    image = image.repeat(4, 0)[:320].repeat(2, 1)
+    assert image.shape == (320, 320, 3)
+    rgb = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        (expected,) = theirs([rgb / 255])
+    actual = predictor(image)["instances"][:50]
+    assert len(actual) == 50 and actual.scores[0] > 0.1
+    torch.testing.assert_close(actual.scores, expected["scores"][:50], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        actual.pred_boxes.tensor, expected["boxes"][:50], rtol=1e-4, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("name", ["ssd300_coco_mmdt", "quickstart"])
+def test_a_name_without_weights_is_an_error(name):
+    with pytest.raises(RuntimeError, match=name):
+        ssd.Predictor(name)
+    assert name not in model_zoo.weights_names()
+
+
+def test_what_is_no_image_is_an_error(cfg):
+    predictor = ssd.Predictor(cfg)
+    for value, text in (
+        (None, "NoneType"),
+        (np.zeros((4, 5), np.uint8), r"\(4, 5\)"),
+        (np.zeros((3, 4, 5), np.uint8), r"\(3, 4, 5\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=f"BGR order, got .*{text}"):
+            predictor(value)
