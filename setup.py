@@ -27,6 +27,7 @@ setup(
         # Needed, but not required above: four distributions provide cv2, and pip would put
         # opencv-python over an opencv-python-headless that is there. Detectron2 does the same.
         "opencv": ["opencv-python"],
-        "test": ["pytest", "ruff"],
+        "safetensors": ["safetensors"],
+        "test": ["pytest", "ruff", "safetensors"],
     },
 )

@@ -112,6 +112,10 @@ def _add_ssd_keys(cfg: CN) -> None:
 
 
 def _add_backbone_keys(cfg: CN) -> None:
+    # VGG16: the pool after conv4 keeps the map and the one after conv5 halves it (the earlier
+    # Detectron2 fork), instead of the other way round
+    cfg.MODEL.VGG = CN({"LATE_POOL": False})
+
     mobilenet = cfg.MODEL.MOBILENET = CN()
     mobilenet.WIDTH_MULT = 1.0
     mobilenet.NORM = "BN"  # or "SyncBN" (statistics of all GPUs), "FrozenBN", …

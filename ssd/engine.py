@@ -27,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from torch import Tensor, nn
 
+from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
 from ssd.data.datasets import check_class_count
@@ -102,11 +103,19 @@ def _join_torchrun() -> None:
 def setup(args):
     """The config of the command line's arguments; logs it and the environment.
 
+    ``MODEL.WEIGHTS zoo://NAME`` without ``--config-file`` brings the config of these weights.
+
     Raises:
         OSError: ``OUTPUT_DIR`` can't be written.
         See also :func:`load_config`.
     """
-    cfg = load_config(args.config_file, args.opts)
+    weights = dict(zip(args.opts[::2], args.opts[1::2])).get("MODEL.WEIGHTS", "")
+    if weights.startswith(model_zoo.PREFIX) and not args.config_file:
+        name = weights.removeprefix(model_zoo.PREFIX)
+        cfg = model_zoo.get_config(name, trained=True, opts=args.opts)
+        cfg.freeze()
+    else:
+        cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
     default_setup(cfg, args)

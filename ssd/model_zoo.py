@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -29,7 +29,7 @@ __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "names"
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "zoo://"
+PREFIX = "zoo://"
 
 
 def names() -> List[str]:
@@ -38,11 +38,14 @@ def names() -> List[str]:
 
 
 def weights_names(lab: Optional[str] = None) -> List[str]:
-    """Names of all published weights, or of a lab's: first those with just its settings."""
+    """Names of all published weights, or of a lab's.
+
+    Of a lab's those that a program can download come first, then those with just its settings.
+    """
     if lab is None:
         return list(PUBLISHED)
     found = [name for name, weights in PUBLISHED.items() if weights.lab == lab]
-    return sorted(found, key=lambda name: bool(PUBLISHED[name].opts))
+    return sorted(found, key=lambda name: (bool(PUBLISHED[name].file), bool(PUBLISHED[name].opts)))
 
 
 def get_config_file(name: str) -> str:
@@ -63,21 +66,22 @@ def get_checkpoint_url(name: str) -> str:
     return PUBLISHED[_published(name)].url
 
 
-def get_config(name: str, trained: bool = False) -> CfgNode:
+def get_config(name: str, trained: bool = False, opts: Sequence[str] = ()) -> CfgNode:
     """A lab's config, not frozen; see also :func:`ssd.load_config`. Nothing is downloaded.
 
     Args:
         trained: ``MODEL.WEIGHTS`` becomes the published weights' zoo://NAME, and keys in which
             their definition differs from the lab's are set to it. If False, the config is just
             the lab's, whose ``MODEL.WEIGHTS`` are usually a backbone's.
+        opts: overrides as KEY VALUE pairs.
 
     Raises:
         RuntimeError: there is no such name, or ``trained`` and nothing is published for the lab.
     """
-    config_file, opts = get_config_file(name), []
+    config_file = get_config_file(name)
     if trained:
         weights = _published(name)
-        opts = ["MODEL.WEIGHTS", _PREFIX + weights, *PUBLISHED[weights].opts]
+        opts = ["MODEL.WEIGHTS", PREFIX + weights, *PUBLISHED[weights].opts, *opts]
     cfg = load_config(config_file, opts)
     cfg.defrost()
     return cfg
@@ -110,11 +114,11 @@ class _ZooHandler(PathHandler):
     """zoo://NAME is the local file of published weights."""
 
     def _get_supported_prefixes(self) -> List[str]:
-        return [_PREFIX]
+        return [PREFIX]
 
     def _get_local_path(self, path: str, **kwargs) -> str:
         try:
-            name = _published(path.removeprefix(_PREFIX))
+            name = _published(path.removeprefix(PREFIX))
         except RuntimeError as error:
             raise ValueError(f"MODEL.WEIGHTS {path}: {error}") from None
         weights = PUBLISHED[name]

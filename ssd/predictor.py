@@ -4,7 +4,7 @@ from typing import Dict, Union
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -12,6 +12,7 @@ from detectron2.structures import Instances
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.classes import known_classes
 
 __all__ = ["Predictor"]
 
@@ -22,7 +23,8 @@ class Predictor(DefaultPredictor):
     Attributes:
         cfg: a copy of the config.
         model: in evaluation mode.
-        metadata: of ``DATASETS.TEST``'s first data set, if there is one.
+        metadata: of ``DATASETS.TEST``'s first data set, if there is one; with COCO's or VOC's class
+            names where it has none yet.
 
     Example::
 
@@ -46,6 +48,9 @@ class Predictor(DefaultPredictor):
         SSDCheckpointer(self.model, cfg=self.cfg, strict=True).load(cfg.MODEL.WEIGHTS)
         if cfg.DATASETS.TEST:
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+            if not self.metadata.get("thing_classes"):  # as long as its JSON isn't read
+                names = known_classes(cfg.MODEL.SSD.NUM_CLASSES)
+                self.metadata = Metadata(thing_classes=names) if names else self.metadata
         side = cfg.INPUT.MIN_SIZE_TEST  # 0 in the labs: the model itself resizes, on its device
         self.aug = ResizeShortestEdge([side, side], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

@@ -188,6 +188,16 @@ def test_unwritable_output_folder_is_an_error_before_anything_else(
         setup(args)
 
 
+def test_weights_of_the_zoo_bring_their_config(tmp_path):
+    opts = ["MODEL.WEIGHTS", "zoo://ssd512_voc0712_lufficc", "OUTPUT_DIR", str(tmp_path)]
+    opts += ["MODEL.DEVICE", "cpu", "TEST.DETECTIONS_PER_IMAGE", "7"]
+    cfg = setup(argument_parser().parse_args(["--eval-only", *opts]))
+    assert cfg.MODEL.WEIGHTS == "zoo://ssd512_voc0712_lufficc" and cfg.OUTPUT_DIR == str(tmp_path)
+    assert cfg.MODEL.SSD.INPUT_SIZE == [512, 512] and cfg.MODEL.SSD.NUM_CLASSES == 20
+    assert cfg.MODEL.SSD.DEFAULT_BOXES.MAX_SIZE == 537.65
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 7, "the command line's own win"
+
+
 def test_several_machines_need_an_address():
     args = argument_parser().parse_args(["--num-machines", "2"])
     with pytest.raises(ValueError, match="--dist-url"):

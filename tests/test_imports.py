@@ -60,7 +60,8 @@ def test_the_package_imports_nothing_above_it(module):
 def test_parts_import_neither_one_another_nor_the_engine(package):
     for module in MODULES:
         if within(module, package):
-            assert all(within(name, package) for name in own(module)), module
+            others = {name for name in own(module) if not within(name, package)}
+            assert others <= {"ssd.config.read_config"}, module  # of a leaf
 
 
 @pytest.mark.parametrize("module", LEAVES)

@@ -149,13 +149,14 @@ def test_published_weights_have_a_lab_and_the_hash_of_their_name(name):
     assert model_zoo.get_config(name) == model_zoo.get_config(weights.lab)
     in_name = weights.file_name.rpartition("-")[2].removesuffix(".pth")
     if len(in_name) == 8 and set(in_name) <= set("0123456789abcdef"):
-        assert weights.sha256 == in_name
+        assert (weights.sha256 or "").startswith(in_name)
 
 
-def test_a_labs_own_weights_are_the_first_with_its_settings():
+def test_a_labs_own_weights_are_the_first_that_can_be_downloaded():
     lab = "ssd_vgg16_size300_voc0712"
     first, *others = model_zoo.weights_names(lab)
-    assert first == "ssd300_voc0712_caffe" and "ssd300_voc0712_lufficc" in others
+    assert first == "ssd300_voc0712_lufficc"  # Caffe's can't be downloaded by a program
+    assert others == ["ssd300_voc0712_amdegroot", "ssd300_voc0712_caffe"]
     assert model_zoo.get_config(lab, trained=True).MODEL.WEIGHTS == f"zoo://{first}"
     assert model_zoo.get_checkpoint_url(f"{lab}/config.yaml") == PUBLISHED[first].url
     assert model_zoo.weights_names() == list(PUBLISHED)

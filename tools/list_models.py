@@ -18,10 +18,14 @@ from ssd import model_zoo
 from ssd.checkpoint.published import PUBLISHED
 from ssd.config import load_config
 
-# Published results of the lab's definition without weights that the zoo lists.
+# The paper's results of the lab's definition, and others whose weights can't be read.
 _RESULTS = {
     "ssd_vgg16_size300": "23.2 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size300_expand_aug": "25.1 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size300_voc0712": "77.2 mAP, VOC2007 test (paper)",
     "ssd_vgg16_size512": "26.8 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size512_expand_aug": "28.8 AP, COCO test-dev (paper)",
+    "ssd_vgg16_size512_voc0712": "79.8 mAP, VOC2007 test (paper)",
     "ssdlite_mobilenetv2_size300_tf": "22 AP, COCO minival2014 (TensorFlow)",
 }
 # Results measured here; a lab's README says how.

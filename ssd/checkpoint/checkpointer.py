@@ -6,22 +6,23 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from torch import Tensor
 
 from ssd.checkpoint.classes import carry_rows, known_classes, match_classes, parse_class_map
 from ssd.checkpoint.files import read_file
 from ssd.checkpoint.lineage import Lineage, State, count_classes, predictors
 from ssd.checkpoint.published import BACKBONES
-from ssd.checkpoint.recognition import definition, differences, recognise, unwrap
+from ssd.checkpoint.recognition import (
+    class_names,
+    definition,
+    differences,
+    find_weights,
+    identify,
+)
 
-__all__ = ["SSDCheckpointer"]
+__all__ = ["SSDCheckpointer", "write_atomically"]
 
 logger = logging.getLogger(__name__)
-
-# Where a file may have its weights, in this order; else it is them.
-_WEIGHTS = ("model", "state_dict", "model_state_dict", "net")
 
 
 class SSDCheckpointer(DetectionCheckpointer):
@@ -81,13 +82,13 @@ class SSDCheckpointer(DetectionCheckpointer):
         data.update(extra)
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
-        _write_atomically(path, lambda file: torch.save(data, file))
+        write_atomically(path, lambda file: torch.save(data, file))
         if tag:
             self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
-        _write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+        write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         data = read_file(filename)
@@ -97,19 +98,14 @@ class SSDCheckpointer(DetectionCheckpointer):
                 data["model"] = data.pop("ema")
             else:
                 logger.warning("There are no averaged weights (SOLVER.EMA) in %s", filename)
-        key = next((key for key in _WEIGHTS if key in data), None)
-        state = data.pop(key) if key else data
-        if not (isinstance(state, dict) and state) or not all(
-            isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()
-        ):
-            raise ValueError(f"MODEL.WEIGHTS {filename} holds no dictionary of weights")
-        return {**(data if key else {}), "model": state}
+        return find_weights(data, filename)
 
     def _load_model(self, checkpoint: Dict[str, Any]):
         state, found = self._to_ours(checkpoint)
-        classes = checkpoint.pop("classes", None)
+        classes = class_names(checkpoint)
+        checkpoint.pop("classes", None)
         if not self._strict and not self._resuming:
-            state = self._carry_classes(state, classes or _class_names_of(checkpoint), found)
+            state = self._carry_classes(state, classes, found)
         own = self.model.state_dict()
         for name, value in state.items():
             if name in own and value.is_floating_point() and not value.isfinite().all():
@@ -141,12 +137,7 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     def _to_ours(self, checkpoint: Dict[str, Any]) -> Tuple[State, str]:
         """A file's weights by our names, and what they are; warns where the config doesn't fit."""
-        state, self._advice = unwrap(checkpoint["model"]), ""
-        author = checkpoint.pop("__author__", None)
-        if author == "Caffe2":
-            state = {k: torch.as_tensor(x) for k, x in convert_c2_detectron_names(state)[0].items()}
-        meta = {"__author__": author, **_as_dict(checkpoint.get("meta"))}
-        lineage = recognise(state, meta)
+        (state, lineage), self._advice = identify(checkpoint), ""
         if lineage is None:
             return state, "weights"
         cfg = self._cfg
@@ -168,10 +159,10 @@ class SSDCheckpointer(DetectionCheckpointer):
         """Warns of keys in which the config differs from what the weights were made with."""
         others = differences(self._cfg, lineage.config)
         if found := definition(lineage.key, num_levels, num_classes):
-            lab, opts, expected = found
+            weights, expected = found
             others += differences(self._cfg, expected)
-            self._advice = f"; the lab of these weights ({lineage.title}) is {lab}"
-            self._advice += f" with {' '.join(map(str, opts))}" if opts else ""
+            self._advice = f"; the lab of {lineage.title} is {weights.lab}"
+            self._advice += f" with {weights.options}" if weights.opts else ""
         if others:
             logger.warning(
                 "%s was made with other values than the config's: %s%s",
@@ -224,24 +215,12 @@ def _class_names(cfg) -> Optional[List[str]]:
     return None
 
 
-def _class_names_of(checkpoint: Dict[str, Any]) -> Optional[List[str]]:
-    """Names of the classes in an MMDetection file."""
-    meta = _as_dict(checkpoint.get("meta"))
-    meta = {**meta, **_as_dict(meta.get("dataset_meta"))}
-    names = meta.get("classes") or meta.get("CLASSES")
-    is_names = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    return list(names) if names and is_names else None
-
-
-def _as_dict(value: Any) -> Dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _first(names, count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if names[count:] else "")
 
 
-def _write_atomically(path: str, write) -> None:
+def write_atomically(path: str, write) -> None:
+    """``write`` gets a file beside ``path``, which then replaces it: an error leaves it whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:

@@ -46,8 +46,9 @@ class _List(_Inert):
 
 
 class _Bytes(_Inert):
-    def __new__(cls, text, encoding):
-        return text.encode("latin1")  # how pickle writes bytes for Python 2
+    # how pickle writes bytes for Python 2
+    def __new__(cls, text="", encoding="latin1"):
+        return text.encode("latin1")
 
 
 # What training checkpoints hold besides weights. Only the name is looked at, nothing is imported.
@@ -68,7 +69,7 @@ _STAND_INS = {
         yacs.config.CfgNode fvcore.common.config.CfgNode detectron2.config.config.CfgNode
         mmcv.utils.config.ConfigDict mmengine.config.config.ConfigDict""",
     _List: "collections.deque",
-    _Bytes: "_codecs.encode",
+    _Bytes: "_codecs.encode builtins.bytes",
 }
 
 
@@ -79,10 +80,12 @@ def _stand_in(path: str, base: type) -> type:
 
 _ALLOWED = {path: _stand_in(path, base) for base, t in _STAND_INS.items() for path in t.split()}
 
-_NET_PARAMETER = {  # of caffe.proto, what holds weights: name, number, type; * is repeated
+# Of caffe.proto what holds weights: name, number, type; * is repeated. Packed numbers are read as
+# bytes, which is at once instead of seconds; not packed, which Caffe never writes, is refused.
+_NET_PARAMETER = {
     "BlobShape": "dim 1 int64*",
-    "BlobProto": "num 1 int32, channels 2 int32, height 3 int32, width 4 int32, data 5 float*, "
-    "shape 7 BlobShape, double_data 8 double*",
+    "BlobProto": "num 1 int32, channels 2 int32, height 3 int32, width 4 int32, data 5 bytes*, "
+    "shape 7 BlobShape, double_data 8 bytes*",
     "V0LayerParameter": "name 1 string, blobs 50 BlobProto*",
     "V1LayerParameter": "layer 1 V0LayerParameter, name 4 string, blobs 6 BlobProto*",
     "LayerParameter": "name 1 string, blobs 7 BlobProto*",
@@ -243,25 +246,25 @@ def _shaped(values: np.ndarray, shape, order: str = "C") -> Tensor:
 
 
 def _read_caffe(content: bytes) -> Dict[str, Any]:
-    try:
-        net = _net_parameter().FromString(content)
-    except Exception:  # protobuf's DecodeError, which has moved between its versions
-        net = None
-    layers = [(layer.name, layer.blobs) for layer in net.layer] if net else []
-    for layer in net.layers if net else []:
-        layer = layer.layer if layer.HasField("layer") else layer
-        layers.append((layer.name, layer.blobs))
+    from google.protobuf.message import DecodeError
+
+    net = _net_parameter()()
+    with contextlib.suppress(DecodeError):
+        net = type(net).FromString(content)
+    layers = [x.layer if x.HasField("layer") else x for x in net.layers] + list(net.layer)
     state = {}
-    for name, blobs in layers:
-        for index, blob in enumerate(blobs):
+    for layer in layers:
+        for index, blob in enumerate(layer.blobs):
             leaf = ("weight", "bias")[index] if index < 2 else index
             shape = [blob.num, blob.channels, blob.height, blob.width]
             if blob.HasField("shape"):
                 shape = list(blob.shape.dim)
             elif shape[:3] == [1, 1, 1]:
                 shape = shape[3:]
-            values = np.array(blob.data or blob.double_data, np.float32)
-            state[f"{name}.{leaf}"] = _shaped(values, shape)
+            values = np.frombuffer(b"".join(blob.double_data), "<f8").astype("<f4")
+            if blob.data:
+                values = np.frombuffer(b"".join(blob.data), "<f4")
+            state[f"{layer.name}.{leaf}"] = _shaped(values, shape)
     if not state:
         raise ValueError(
             "it is neither torch's, safetensors, a pickle nor a caffemodel (or a truncated one); "

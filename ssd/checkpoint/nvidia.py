@@ -24,15 +24,19 @@ def _names() -> Iterator[Tuple[str, str]]:
     yield from heads("conf.{}", "loc.{}")
 
 
-def _boxes_first(state: State) -> State:
-    """Outputs of a level ordered by class or coordinate, then default box, to box, then class."""
+def _reorder(state: State, boxes_first: bool) -> State:
+    """Outputs of a level ordered by class or coordinate, then default box, to box, then class.
+
+    Or back, with ``boxes_first`` False.
+    """
     result = dict(state)
     for level in range(MAX_LEVELS):
         for kind in ("conf", "loc"):
             for leaf in ("weight", "bias"):
                 if (name := f"{kind}.{level}.{leaf}") in state:
                     num_anchors = len(state[f"loc.{level}.bias"]) // 4
-                    value = state[name].unflatten(0, (-1, num_anchors))
+                    sizes = (-1, num_anchors) if boxes_first else (num_anchors, -1)
+                    value = state[name].unflatten(0, sizes)
                     result[name] = value.transpose(0, 1).flatten(0, 1)
     return result
 
@@ -44,6 +48,7 @@ LINEAGES = [
         ("feature_extractor.feature_extractor.0.weight", "conf.0.weight"),
         dict(_names()),
         background_first=True,
-        prepare=_boxes_first,
+        prepare=lambda state: _reorder(state, boxes_first=True),
+        restore=lambda state: _reorder(state, boxes_first=False),
     )
 ]

@@ -1,5 +1,6 @@
 """The published weights: where they are, whose they are, and which lab has their definition."""
 
+import shlex
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Tuple
 from urllib.parse import urlparse
@@ -17,6 +18,11 @@ class Weights(NamedTuple):
     sha256: Optional[str] = None  # its first digits, which the file's name carries; None: unknown
     opts: Tuple = ()  # KEY, VALUE, …: where their definition differs from the lab's
     file: str = ""  # its name, where the address is that of a page or of an archive
+
+    @property
+    def options(self) -> str:
+        """``opts`` as on a command line."""
+        return " ".join(shlex.quote(str(x).replace(" ", "")) for x in self.opts)
 
     @property
     def file_name(self) -> str:
@@ -115,12 +121,14 @@ PUBLISHED: Dict[str, Weights] = {
     "ssd300_coco_torchvision": Weights(
         "torchvision_vgg", "ssd_vgg16_size300_torchvision",
         _TORCHVISION + "ssd300_vgg16_coco-b556d3b4.pth",
-        "25.1 AP, COCO val2017", "b556d3b4",
+        "25.1 AP, COCO val2017",
+        "b556d3b43ab6c3f63d81bfb8835fe8756ac22da664357da100dccf96b6a6b42d",
     ),
     "ssdlite_mobilenetv3_coco_torchvision": Weights(
         "torchvision_mobilenetv3", "ssdlite_mobilenetv3_size320",
         _TORCHVISION + "ssdlite320_mobilenet_v3_large_coco-a79551df.pth",
-        "21.3 AP, COCO val2017", "a79551df",
+        "21.3 AP, COCO val2017",
+        "a79551df90c79834bcd3bb3845ef9d966b5449a3a9b2833ae8404778ca5d65d2",
     ),
     "ssd300_coco_caffe": Weights(
         "caffe", "ssd_vgg16_size300_expand_aug", _CAFFE + "dUY1Ml9GRTFpUWc",
@@ -137,10 +145,6 @@ PUBLISHED: Dict[str, Weights] = {
     "ssd512_voc0712_caffe": Weights(
         "caffe", "ssd_vgg16_size512_voc0712", _CAFFE + "ZDIxVHBEcUNBb2s",
         "79.8 mAP, VOC2007 test", file="VGG_VOC0712_SSD_512x512_iter_120000.caffemodel",
-    ),
-    "ssd300_voc0712_amdegroot": Weights(
-        "amdegroot", "ssd_vgg16_size300_voc0712", _AMDEGROOT + "ssd300_mAP_77.43_v2.pth",
-        "77.43 mAP, VOC2007 test", opts=_CLAMPED,
     ),
     "ssd300_voc0712_lufficc": Weights(
         "lufficc_vgg", "ssd_vgg16_size300_voc0712", _LUFFICC + "vgg_ssd300_voc0712.pth",
@@ -176,6 +180,10 @@ PUBLISHED: Dict[str, Weights] = {
         "lufficc_mobilenetv3", "ssdlite_mobilenetv3_size320_voc0712",
         _LUFFICC + "mobilenet_v3_ssd320_voc0712.pth", "69.5 mAP, VOC2007 test",
     ),
+    "ssd300_voc0712_amdegroot": Weights(
+        "amdegroot", "ssd_vgg16_size300_voc0712", _AMDEGROOT + "ssd300_mAP_77.43_v2.pth",
+        "77.43 mAP, VOC2007 test", opts=_CLAMPED,
+    ),
     "ssd300_voc0712_qfgaohao": Weights(
         "qfgaohao_vgg", "ssd_vgg16_size300_qfgaohao", _QFGAOHAO + "vgg16-ssd-mp-0_7726.pth",
         "77.26 mAP, VOC2007 test",
@@ -199,6 +207,7 @@ PUBLISHED: Dict[str, Weights] = {
         "27.2 AP, COCO val2017",
         opts=(
             "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53],
+            "MODEL.VGG.LATE_POOL", True,
             "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES", _COCO512_SIZES,
             "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", 537.6,
             "MODEL.SSD.BBOX_REG_CLAMP", "upper",

@@ -1,8 +1,12 @@
 """Which lineage a file is of, and which lab has the definition that its weights need."""
 
 import functools
+import json
+from dataclasses import replace
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.config import CfgNode
 
 from ssd.checkpoint import (
@@ -19,10 +23,13 @@ from ssd.checkpoint import (
     vgg,
 )
 from ssd.checkpoint.lineage import Lineage, State
-from ssd.checkpoint.published import PUBLISHED, lab_folder
+from ssd.checkpoint.published import PUBLISHED, Weights, lab_folder
 from ssd.config import read_config
 
-__all__ = ["BACKBONES", "DETECTORS", "definition", "differences", "recognise", "unwrap"]
+__all__ = [
+    "BACKBONES", "DETECTORS", "class_names", "definition", "differences", "find_weights",
+    "identify", "recognise", "unwrap",
+]  # fmt: skip
 
 DETECTORS: List[Lineage] = [
     *mmdet.LINEAGES,
@@ -40,6 +47,8 @@ BACKBONES: List[Lineage] = [
     *mobilenet.BACKBONES,
     *resnet.BACKBONES,
 ]
+# Where a file may have its weights, in this order; else it is them.
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "net")
 # What modules around a model put in front of all names; "1.": NVIDIA's, behind its normalisation.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "1.")
 
@@ -52,14 +61,31 @@ _DEFINING_KEYS = (
     "MODEL.SSD.DEFAULT_BOXES.FIRST_SQUARE", "MODEL.SSD.BBOX_REG_WEIGHTS",
     "MODEL.SSD.SCORE_FUNCTION", "MODEL.SSD.SAME_PADDING", "MODEL.SSD.EXTRA_ACTIVATION",
     "MODEL.SSD.IN_FEATURES", "MODEL.BATCH_NORM.EPS", "MODEL.MOBILENET.SQUEEZE_FIRST",
-    "MODEL.RESNETS.RES4_STRIDE", "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.VGG.LATE_POOL", "MODEL.RESNETS.RES4_STRIDE", "MODEL.RESNETS.STRIDE_IN_1X1",
 )  # fmt: skip
+
+
+def find_weights(data: Dict[str, Any], path: str) -> Dict[str, Any]:
+    """What a file holds, with its weights as "model".
+
+    Raises:
+        ValueError: it holds no weights.
+    """
+    key = next((key for key in _WEIGHTS if key in data), None)
+    state = data.pop(key) if key else data
+    if not (isinstance(state, dict) and state) or not all(
+        isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in state.items()
+    ):
+        raise ValueError(f"MODEL.WEIGHTS {path} holds no dictionary of weights")
+    return {**(data if key else {}), "model": state}
 
 
 def unwrap(state: State) -> State:
     """Without what data parallelism, compilation or a trainer put in front of every name."""
     names = list(state)
-    while prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), None):
+    while names and (
+        prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), None)
+    ):
         names = [name.removeprefix(prefix) for name in names]
     return dict(zip(names, state.values()))
 
@@ -69,10 +95,37 @@ def recognise(state: State, meta: Optional[Dict[str, Any]] = None) -> Optional[L
     return next((x for x in (*DETECTORS, *BACKBONES) if x.recognises(state, meta)), None)
 
 
+def identify(checkpoint: Dict[str, Any]) -> Tuple[State, Optional[Lineage]]:
+    """Weights, by their own names, and lineage of what :func:`find_weights` gives."""
+    state = unwrap(checkpoint["model"])
+    author = checkpoint.pop("__author__", None)
+    if author == "Caffe2":
+        state = {k: torch.as_tensor(x) for k, x in convert_c2_detectron_names(state)[0].items()}
+    meta = {"__author__": author, **_as_dict(checkpoint.get("meta"))}
+    lineage = recognise(state, meta)
+    if lineage and checkpoint.get("format") in ("BGR", "RGB"):  # in some of Detectron2's .pkl files
+        lineage = replace(lineage, input_format=checkpoint["format"])
+    return state, lineage
+
+
+def class_names(checkpoint: Dict[str, Any]) -> Optional[List[str]]:
+    """Names of the classes in a file of ours or of MMDetection's; None if it holds none."""
+    meta = _as_dict(checkpoint.get("meta"))
+    meta = {**meta, **_as_dict(meta.get("dataset_meta"))}
+    names = checkpoint.get("classes") or meta.get("classes") or meta.get("CLASSES")
+    if text := _as_dict(checkpoint.get("metadata")).get("classes"):  # of safetensors: text only
+        try:
+            names = json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            return None
+    is_names = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return list(names) if names and is_names else None
+
+
 def definition(
     key: str, num_levels: int, num_classes: int
-) -> Optional[Tuple[str, Tuple, Dict[str, Any]]]:
-    """Lab, options for it, and keys with values, of the published weights that are most alike.
+) -> Optional[Tuple[Weights, Dict[str, Any]]]:
+    """The published weights that are most like a file's, and keys with values of their definition.
 
     Args:
         key: of the lineage.
@@ -83,7 +136,7 @@ def definition(
         if weights.lineage == key:
             cfg = read_config(str(lab_folder() / weights.lab / "config.yaml"), weights.opts)
             if len(cfg.MODEL.SSD.DEFAULT_BOXES.MIN_SIZES) == num_levels:
-                found = weights.lab, weights.opts, _defining(cfg)
+                found = weights, _defining(cfg)
                 if cfg.MODEL.SSD.NUM_CLASSES == num_classes:
                     return found
                 best = best or found
@@ -107,3 +160,7 @@ def _defining(cfg: CfgNode) -> Dict[str, Any]:
         for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
             values[key] = values[key][::-1]
     return values
+
+
+def _as_dict(value: Any) -> Dict[str, Any]:
+    return value if isinstance(value, dict) else {}

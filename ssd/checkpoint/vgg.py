@@ -39,7 +39,8 @@ def _has_classifier(state: State, meta: Dict[str, Any]) -> bool:
     return not state["classifier.0.weight"].isnan().any()
 
 
-_IN_TORCHVISION = ("features.0.weight", "features.28.weight", "classifier.0.weight")
+# Convolution 26 is neither in VGG19 nor in the variants with BatchNorm.
+_IN_TORCHVISION = ("features.0.weight", "features.26.weight", "classifier.0.weight")
 _SSD_INPUT = (1.0, 1.0, 1.0)
 
 BACKBONES = [
@@ -69,7 +70,7 @@ BACKBONES = [
         Lineage(
             "vgg16_reducedfc",
             "VGG16 reduced-fc",
-            (f"{prefix}0.weight", f"{prefix}28.weight"),
+            (f"{prefix}0.weight", f"{prefix}26.weight"),
             dict(vgg_layers(prefix)),
             input_std=_SSD_INPUT,
         )

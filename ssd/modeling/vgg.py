@@ -18,14 +18,21 @@ _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 51
 class VGG16(Backbone):
     """VGG16 up to fc7, fully convolutional, without normalisation.
 
-    The pools after stages 1 to 4 halve the map, rounding up; the one after stage 5 keeps it; fc6
-    is a 3×3 convolution of dilation 6 and fc7 a 1×1 one (DeepLab's reduced fully connected layers).
-    Layers have their Caffe names. Outputs, after ReLU: ``conv1_2``, ``conv2_2``, ``conv3_3``,
+    The pools after stages 1 to 4 halve the map, rounding up; the one after stage 5 keeps it (with
+    ``late_pool`` the last two are the other way round, and conv5_3 has stride 8); fc6 is a 3×3
+    convolution of dilation 6 and fc7 a 1×1 one (DeepLab's reduced fully connected layers). Layers
+    have their Caffe names. Outputs, after ReLU: ``conv1_2``, ``conv2_2``, ``conv3_3``,
     ``conv4_3``, ``conv5_3`` and ``fc7``, of stride 1, 2, 4, 8, 16, 16.
     """
 
-    def __init__(self, in_channels: int = 3, out_features: Sequence[str] = ("conv4_3", "fc7")):
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_features: Sequence[str] = ("conv4_3", "fc7"),
+        late_pool: bool = False,
+    ):
         super().__init__()
+        self.late_pool = late_pool
         self._out_feature_channels = {}
         self._out_feature_strides = {}
         for stage, widths in enumerate(_STAGES, 1):
@@ -34,7 +41,7 @@ class VGG16(Backbone):
                 self.add_module(name, _conv(in_channels, width, 3, padding=1))
                 in_channels = width
             self._out_feature_channels[name] = width
-            self._out_feature_strides[name] = 2 ** (stage - 1)
+            self._out_feature_strides[name] = 2 ** (stage - 1 - (late_pool and stage == 5))
         self.fc6 = _conv(512, 1024, 3, padding=6, dilation=6)
         self.fc7 = _conv(1024, 1024, 1)
         for layer in (self.fc6, self.fc7):  # as torchvision, whose VGG16 lacks them
@@ -53,9 +60,9 @@ class VGG16(Backbone):
         """(N, 3, H, W) to the named feature maps."""
         outputs = {}
         for name in self._layers:
-            if name == "fc6":
+            if name == ("conv5_1" if self.late_pool else "fc6"):
                 x = F.max_pool2d(x, 3, 1, 1)
-            elif name.endswith("_1") and name != "conv1_1":
+            elif name in ("conv2_1", "conv3_1", "conv4_1", "conv5_1", "fc6"):
                 x = F.max_pool2d(x, 2, ceil_mode=True)
             x = outputs[name] = getattr(self, name)(x)
         return {name: outputs[name] for name in self._out_features}
@@ -71,4 +78,4 @@ def _conv(in_channels: int, out_channels: int, kernel: int, **kwargs) -> Conv2d:
 @BACKBONE_REGISTRY.register()
 def build_vgg16_backbone(cfg, input_shape: ShapeSpec) -> VGG16:
     """VGG16 with the outputs ``MODEL.SSD.IN_FEATURES``."""
-    return VGG16(input_shape.channels, cfg.MODEL.SSD.IN_FEATURES)
+    return VGG16(input_shape.channels, cfg.MODEL.SSD.IN_FEATURES, cfg.MODEL.VGG.LATE_POOL)

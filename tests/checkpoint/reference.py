@@ -4,12 +4,12 @@ Independent of ``ssd``: networks, default boxes and detection are written from e
 (names, shapes, layouts, test settings), on a plain dictionary of tensors. A parameter is made when
 an evaluation first asks for it, so each name and shape stands once, where it is used.
 
-R default boxes, A per cell, K foreground classes, C = K + 1 outputs with the background.
+R default boxes, A per cell, K foreground classes.
 """
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Optional, Tuple
 
 import torch
@@ -35,8 +35,8 @@ class Parameters(dict):
     """A state dict: the source's names to tensors. One that is missing is filled by a rule.
 
     The rule: normally distributed values by the name. A convolution's weights are multiplied by
-    the power of two that brings the standard deviation of its output closest to ``std``: depth
-    doesn't change the size of activations, and scores are spread.
+    the power of two that brings the standard deviation of its output closest to ``std``, so that
+    depth doesn't change the size of activations and scores are spread.
     """
 
     def vector(self, name: str, size: int, mean: float, std: float, x: Tensor) -> Tensor:
@@ -99,41 +99,48 @@ _EXTRA_300 = (
     (128, 1, 1, 0), (256, 3, 1, 0), (128, 1, 1, 0), (256, 3, 1, 0),
 )  # fmt: skip
 _EXTRA_512 = (*_EXTRA_300[:4], *_EXTRA_300[2:4] * 2, (128, 1, 1, 0), (256, 4, 1, 1))
-_CAFFE_VGG = [f"conv{s}_{i + 1}" for s in range(1, 6) for i in range(len(_STAGES[s - 1]))]
-_CAFFE_VGG += ["fc6", "fc7"]
-_INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33)  # in amdegroot's vgg()
+
+
+def vgg_names(pattern: str) -> list:
+    """Of the 15 convolutions, by their places in a list with ReLUs and pools."""
+    return [pattern.format(i) for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33)]
+
+
+def pairs(pattern: str, second: int = 1) -> list:
+    """Names of four extra layers of two convolutions, whose places are 0 and ``second``."""
+    return [pattern.format(i, j) for i in range(4) for j in (0, second)]
 
 
 def vgg(
-    conv: Callable, extra: Callable, norm: str, batch_norm: bool = False, layers=_EXTRA_300,
+    names: list, extra: list, norm: str, batch_norm: bool = False, layers=_EXTRA_300,
     halved: Tuple[int, ...] = (1, 2, 3, 4),
 ) -> Callable:  # fmt: skip
-    """VGG16, whose 15 convolutions have the names conv(i), and extra layers of names extra(i).
+    """VGG16 and extra layers, with names of their convolutions and of the norm.
 
     The map is halved after the stages ``halved``; the remaining pool is 3×3, stride 1.
     """
 
     def features(p: Parameters, x: Tensor) -> list:
-        names = iter(conv(i) for i in range(15))
+        left = iter(names)
         for stage, widths in enumerate(_STAGES, 1):
             for width in widths:
-                x = F.relu(p.conv(next(names), x, width, 3, padding=1))
+                x = F.relu(p.conv(next(left), x, width, 3, padding=1))
             if stage == 4:
                 maps = [p.batch_norm(norm, x) if batch_norm else p.l2_norm(norm, x)]
             halve = stage in halved
             x = F.max_pool2d(x, 2, ceil_mode=True) if halve else F.max_pool2d(x, 3, 1, 1)
-        x = F.relu(p.conv(next(names), x, 1024, 3, padding=6, dilation=6))
-        x = F.relu(p.conv(next(names), x, 1024, 1))
-        return [*maps, x, *_extra_layers(p, x, extra, layers)]
+        x = F.relu(p.conv(next(left), x, 1024, 3, padding=6, dilation=6))
+        x = F.relu(p.conv(next(left), x, 1024, 1))
+        return [*maps, x, *extra_layers(p, x, extra, layers)]
 
     return features
 
 
-def _extra_layers(p: Parameters, x: Tensor, name: Callable, layers) -> list:
+def extra_layers(p: Parameters, x: Tensor, names: list, layers) -> list:
     """Convolutions with ReLU; every second one is a level."""
     maps = []
-    for i, layer in enumerate(layers):
-        x = F.relu(p.conv(name(i), x, *layer))
+    for name, layer in zip(names, layers):
+        x = F.relu(p.conv(name, x, *layer))
         maps.append(x)
     return maps[1::2]
 
@@ -175,7 +182,7 @@ def qfgaohao_mobilenet_v1(p: Parameters, x: Tensor) -> list:
         x = F.relu(p.conv_bn(name + "3", name + "4", x, width, 1))
         maps += [x] if i in (11, 13) else []
     layers = (*_EXTRA_300[:4], *_EXTRA_300[2:4] * 2)
-    return maps + _extra_layers(p, x, lambda i: f"extras.{i // 2}.{i % 2 * 2}", layers)
+    return maps + extra_layers(p, x, pairs("extras.{}.{}", second=2), layers)
 
 
 def inverted_residual(
@@ -248,7 +255,8 @@ def lufficc_mobilenet_v3(p: Parameters, x: Tensor) -> list:
         x, _ = inverted_residual(
             p, f"{base}.{i}", block, x, hidden, width, kernel, stride, act, squeeze
         )
-        maps = [x] if i == 12 else maps if i > 12 else None
+        if i == 12:
+            maps = [x]
     x = F.hardswish(p.conv_bn(f"{base}.16.0", f"{base}.16.1", x, 960, 1))
     maps.append(x)
     for i, (hidden, width, squeeze) in enumerate(
@@ -407,7 +415,7 @@ class Lineage:
         for level, x in enumerate(self.features(p, x[None])):
             count, outputs = len(self.default_boxes.shapes()[level]), self.num_classes + 1
             y = self.head(
-                p, x, "cls", level, count * outputs, std=2.0, offset=self.background_offset
+                p, x, "cls", level, count * outputs, std=3.0, offset=self.background_offset
             )
             logits.append(self.rows(y, outputs))
             deltas.append(self.rows(self.head(p, x, "box", level, count * 4), 4))
@@ -435,22 +443,17 @@ class Lineage:
     def detect(self, logits: Tensor, deltas: Tensor, levels: Tensor) -> dict:
         scores = logits.double().softmax(1)
         scores = scores[:, :-1] if self.background_last else scores[:, 1:]
-        boxes = self.detection.decode(
-            deltas.double(), self.default_boxes.boxes(self.class_major)
-        )
+        boxes = self.detection.decode(deltas.double(), self.default_boxes.boxes(self.class_major))
         return self.detection(scores, boxes, levels, self.default_boxes.size)
 
 
-
-_R300 = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
-_VGG300 = (300, (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300))
-_VOC300 = DefaultBoxes(*_VGG300, (30, 60, 111, 162, 213, 264), 315, _R300)
-_VOC300_CLIPPED = DefaultBoxes(*_VGG300, (30, 60, 111, 162, 213, 264), 315, _R300, clip=True)
-_COCO300 = DefaultBoxes(*_VGG300, (21, 45, 99, 153, 207, 261), 315, _R300)
-_COCO300_CLIPPED = DefaultBoxes(*_VGG300, (21, 45, 99, 153, 207, 261), 315, _R300, clip=True)
+_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
+_OF_300 = (300, (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300))
+_VOC300 = DefaultBoxes(*_OF_300, (30, 60, 111, 162, 213, 264), 315, _RATIOS)
+_COCO300 = DefaultBoxes(*_OF_300, (21, 45, 99, 153, 207, 261), 315, _RATIOS)
 _LIGHT = ((60, 105, 150, 195, 240, 285), 330, ((2, 3),) * 6, True)
-_LIGHT_300 = DefaultBoxes(300, (19, 10, 5, 3, 2, 1), (16, 32, 64, 100, 150, 300), *_LIGHT)
-_LIGHT_320 = DefaultBoxes(320, (20, 10, 5, 3, 2, 1), (16, 32, 64, 107, 160, 320), *_LIGHT)
+_LIGHT300 = DefaultBoxes(300, (19, 10, 5, 3, 2, 1), (16, 32, 64, 100, 150, 300), *_LIGHT)
+_LIGHT320 = DefaultBoxes(320, (20, 10, 5, 3, 2, 1), (16, 32, 64, 107, 160, 320), *_LIGHT)
 _FORK512 = DefaultBoxes(
     512, (64, 32, 16, 8, 4, 2, 1), None,
     (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8), 537.6,
@@ -459,123 +462,110 @@ _FORK512 = DefaultBoxes(
 
 _ALL = 10**6  # no limit
 _MMDET = Detection(0.02, 1000, 200, per_level=True, clamp="both", clip_first=True)
-_CAFFE = Detection(0.01, 400, 200)
 _LUFFICC = Detection(0.01, _ALL, 100)
 _QFGAOHAO = Detection(0.01, 200, _ALL)
-_AMDEGROOT = Detection(0.01, 200, _ALL)
 
-_OLD_MMDET = dict(
-    features=vgg(
-        lambda i: f"backbone.features.{_INDICES[i]}",
-        lambda i: f"backbone.extra.{i}",
-        "backbone.l2_norm.weight",
-    ),
-    head=plain_head("bbox_head.cls_convs.{}", "bbox_head.reg_convs.{}"),
-    default_boxes=_COCO300,
-    detection=_MMDET,
-    mean=(123.675, 116.28, 103.53),
-    num_classes=80,
-)
-_CAFFE_NET = dict(
-    features=vgg(
-        lambda i: _CAFFE_VGG[i],
-        lambda i: f"conv{6 + i // 2}_{1 + i % 2}",
-        "conv4_3_norm.weight",
-    ),
-    head=lambda p, x, kind, level, channels, **kwargs: p.conv(
-        _CAFFE_SOURCES[level] + ("_mbox_conf" if kind == "cls" else "_mbox_loc"),
-        x, channels, 3, padding=1, **kwargs,
-    ),
-    detection=_CAFFE,
-    mean=(104, 117, 123),
-    order="BGR",
-)  # fmt: skip
-_CAFFE_SOURCES = ("conv4_3_norm", "fc7", "conv6_2", "conv7_2", "conv8_2", "conv9_2")
+_IMAGENET = {"mean": (123.675, 116.28, 103.53)}
 _LUFFICC_HEADS = ("box_head.predictor.cls_headers.{}", "box_head.predictor.reg_headers.{}")
 _QFGAOHAO_HEADS = ("classification_headers.{}", "regression_headers.{}")
 
+
+def _mmdet(extra: list, norm: str, head: str, **kwargs) -> Lineage:
+    features = vgg(vgg_names("backbone.features.{}"), extra, norm)
+    heads = plain_head("bbox_head.cls_convs." + head, "bbox_head.reg_convs." + head)
+    return Lineage(features, heads, _COCO300, _MMDET, num_classes=80, **_IMAGENET, **kwargs)
+
+
+def _old_mmdet(**kwargs) -> Lineage:
+    extra = [f"backbone.extra.{i}" for i in range(8)]
+    return _mmdet(extra, "backbone.l2_norm.weight", "{}", **kwargs)
+
+
+def _caffe(boxes: DefaultBoxes, num_classes: int) -> Lineage:
+    """Names of blobs: a layer's first is its ``.weight``, the second its ``.bias``."""
+    names = [f"conv{s}_{i + 1}" for s, x in enumerate(_STAGES, 1) for i in range(len(x))]
+    extra = [f"conv{s}_{i}" for s in (6, 7, 8, 9) for i in (1, 2)]
+    sources = ("conv4_3_norm", "fc7", *extra[1::2])
+
+    def head(p, x, kind, level, channels, **kwargs):
+        name = sources[level] + ("_mbox_conf" if kind == "cls" else "_mbox_loc")
+        return p.conv(name, x, channels, 3, padding=1, **kwargs)
+
+    return Lineage(
+        vgg([*names, "fc6", "fc7"], extra, "conv4_3_norm.weight"), head, boxes,
+        Detection(0.01, 400, 200), mean=(104, 117, 123), order="BGR", num_classes=num_classes,
+    )  # fmt: skip
+
+
 LINEAGES = {
-    "mmdet": Lineage(
-        **{
-            **_OLD_MMDET,
-            "features": vgg(
-                lambda i: f"backbone.features.{_INDICES[i]}",
-                lambda i: f"neck.extra_layers.{i // 2}.{i % 2}.conv",
-                "neck.l2_norm.weight",
-            ),
-            "head": plain_head("bbox_head.cls_convs.{}.0", "bbox_head.reg_convs.{}.0"),
-        },
-        background_last=True,
+    "mmdet": _mmdet(
+        pairs("neck.extra_layers.{}.{}.conv"), "neck.l2_norm.weight", "{}.0", background_last=True
     ),
-    "mmdet_old": Lineage(**_OLD_MMDET, background_last=True),
-    "mmdet_1x": Lineage(**_OLD_MMDET),
-    "caffe_voc": Lineage(**_CAFFE_NET, default_boxes=_VOC300),
-    "caffe_coco": Lineage(**_CAFFE_NET, default_boxes=_COCO300, num_classes=80),
+    "mmdet_old": _old_mmdet(background_last=True),
+    "mmdet_1x": _old_mmdet(),
+    "caffe_voc": _caffe(_VOC300, 20),
+    "caffe_coco": _caffe(_COCO300, 80),
     "amdegroot": Lineage(
-        vgg(lambda i: f"vgg.{_INDICES[i]}", lambda i: f"extras.{i}", "L2Norm.weight"),
+        vgg(vgg_names("vgg.{}"), [f"extras.{i}" for i in range(8)], "L2Norm.weight"),
         plain_head("conf.{}", "loc.{}"),
-        _VOC300_CLIPPED,
-        _AMDEGROOT,
+        replace(_VOC300, clip=True),
+        Detection(0.01, 200, _ALL),
     ),
     "lufficc_vgg": Lineage(
         vgg(
-            lambda i: f"backbone.vgg.{_INDICES[i]}",
-            lambda i: f"backbone.extras.{i}",
+            vgg_names("backbone.vgg.{}"),
+            [f"backbone.extras.{i}" for i in range(8)],
             "backbone.l2_norm.weight",
         ),
         plain_head(*_LUFFICC_HEADS),
-        _VOC300_CLIPPED,
+        replace(_VOC300, clip=True),
         _LUFFICC,
     ),
     "lufficc_v2": Lineage(
         mobilenet_v2("backbone.features", "backbone.extras", nested=True),
         lite_head(*_LUFFICC_HEADS, suffix=".conv"),
-        _LIGHT_320,
+        _LIGHT320,
         _LUFFICC,
     ),
     "lufficc_v3": Lineage(
-        lufficc_mobilenet_v3, lite_head(*_LUFFICC_HEADS, suffix=".conv"), _LIGHT_320, _LUFFICC
+        lufficc_mobilenet_v3, lite_head(*_LUFFICC_HEADS, suffix=".conv"), _LIGHT320, _LUFFICC
     ),
     "qfgaohao_vgg": Lineage(
         vgg(
-            lambda i: f"base_net.{_INDICES[i]}",
-            lambda i: f"extras.{i // 2}.{i % 2 * 2}",
+            vgg_names("base_net.{}"),
+            pairs("extras.{}.{}", second=2),
             "source_layer_add_ons.0",
             batch_norm=True,
         ),
         plain_head(*_QFGAOHAO_HEADS),
-        _VOC300_CLIPPED,
+        replace(_VOC300, clip=True),
         _QFGAOHAO,
     ),
     "qfgaohao_v1": Lineage(
-        qfgaohao_mobilenet_v1, plain_head(*_QFGAOHAO_HEADS), _LIGHT_300, _QFGAOHAO,
+        qfgaohao_mobilenet_v1, plain_head(*_QFGAOHAO_HEADS), _LIGHT300, _QFGAOHAO,
         mean=(127, 127, 127), std=(128, 128, 128),
     ),
     "qfgaohao_v2": Lineage(
         mobilenet_v2("base_net", "extras", nested=False), lite_head(*_QFGAOHAO_HEADS),
-        _LIGHT_300, _QFGAOHAO, mean=(127, 127, 127), std=(128, 128, 128),
+        _LIGHT300, _QFGAOHAO, mean=(127, 127, 127), std=(128, 128, 128),
     ),
     "nvidia": Lineage(
-        nvidia_resnet50, plain_head("conf.{}", "loc.{}"), _COCO300_CLIPPED,
+        nvidia_resnet50, plain_head("conf.{}", "loc.{}"), replace(_COCO300, clip=True),
         Detection(0.05, 200, 200, nms=0.5),
-        mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375),
-        num_classes=80, class_major=True,
+        **_IMAGENET, std=(58.395, 57.12, 57.375), num_classes=80, class_major=True,
     ),
     "fork": Lineage(
         vgg(
-            lambda i: f"backbone.features.{_INDICES[i]}",
-            lambda i: f"extra_layers.{i}",
+            vgg_names("backbone.features.{}"),
+            [f"extra_layers.{i}" for i in range(10)],
             "l2norm.weight",
             layers=_EXTRA_512,
-            # its POOL_ARGS give the 3×3 pool to stage 4, not 5: conv5 works at stride 8
+            # its POOL_ARGS give the 3×3 pool to stage 4, not 5: conv5 has stride 8
             halved=(1, 2, 3, 5),
         ),
         plain_head("head.cls_subnet.{}", "head.bbox_subnet.{}"),
         _FORK512,
         Detection(0.02, _ALL, 100, clamp="upper"),
-        mean=(103.53, 116.28, 123.675),
-        order="BGR",
-        num_classes=80,
-        background_last=True,
+        mean=(103.53, 116.28, 123.675), order="BGR", num_classes=80, background_last=True,
     ),
 }  # fmt: skip

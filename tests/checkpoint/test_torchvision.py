@@ -1,4 +1,4 @@
-"""torchvision's classifiers as our backbones, and what its detectors' files need done."""
+"""torchvision's classifiers, also by timm's names, as our backbones, and torchvision's detectors."""
 
 import re
 
@@ -12,29 +12,70 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
-from ssd.checkpoint import torchvision as torchvision_names
-from ssd.checkpoint.layers import background_last
+from ssd.checkpoint.recognition import recognise
 from ssd.config import load_config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 V2, V3 = "ssdlite_mobilenetv2_size320_voc0712", "ssdlite_mobilenetv3_size320"
+V3_VOC = "ssdlite_mobilenetv3_size320_voc0712"
 RESNET = "ssd_resnet50_size300"
 RESNET18 = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64".split()
 WITH_RES5 = """MODEL.RESNETS.OUT_FEATURES ['res4','res5'] MODEL.SSD.IN_FEATURES ['res4','res5']
     MODEL.SSD.EXTRA_LAYERS [[8,8,3,2,1],[8,8,3,2,1],[8,8,3,1,0],[8,8,3,1,0]]""".split()
-# torchvision's classifier: what the log calls it, the lab, further keys, and which of
-# torchvision's nodes gives each feature.
+FULL_TAIL = ["MODEL.MOBILENET.REDUCED_TAIL", "False"]
+NODES_V2 = {"stage5": "features.13", "conv2": "features.18"}
+NODES_V3 = {"stage6_expand": "features.13.block.0", "conv2": "features.16"}
+# A file: what the log calls it, the lab, further keys, and which of torchvision's nodes gives each
+# feature. timm's are torchvision's networks by other names; its tf_mobilenetv3 has the same names
+# as mobilenetv3_large_100, but pads as TensorFlow: nothing in such a file tells.
 CLASSIFIERS = {
-    "mobilenet_v2": (
-        "mobilenet_v2", V2, [], {"stage5": "features.13", "conv2": "features.18"},
+    "mobilenet_v2": ("torchvision's mobilenet_v2", V2, [], NODES_V2),
+    "mobilenetv2_100": ("timm's MobileNetV2", V2, [], NODES_V2),
+    "mobilenet_v3_large": ("torchvision's mobilenet_v3", V3, FULL_TAIL, NODES_V3),
+    "mobilenetv3_large_100": (
+        "timm's MobileNetV3", V3, [*FULL_TAIL, "MODEL.BATCH_NORM.EPS", "1e-5"], NODES_V3
     ),
-    "mobilenet_v3_large": (
-        "mobilenet_v3", V3, ["MODEL.MOBILENET.REDUCED_TAIL", "False"],
-        {"stage6_expand": "features.13.block.0", "conv2": "features.16"},
-    ),
-    "resnet18": ("resnet", RESNET, RESNET18, {"res4": "layer3"}),
-    "resnet50": ("resnet", RESNET, WITH_RES5, {"res4": "layer3", "res5": "layer4"}),
+    "resnet18": ("torchvision's resnet", RESNET, RESNET18, {"res4": "layer3"}),
+    "resnet50": ("torchvision's resnet", RESNET, WITH_RES5, {"res4": "layer3", "res5": "layer4"}),
 }  # fmt: skip
+BLOCKS = {"mobilenetv2_100": (1, 2, 3, 4, 3, 3, 1), "mobilenetv3_large_100": (1, 2, 3, 4, 2, 3)}
+
+
+def timm_layers(name):
+    """{torchvision's layer: timm's} of a MobileNet."""
+    v2 = name == "mobilenetv2_100"
+    inside = "conv" if v2 else "block"
+    places = [(stage, block) for stage, n in enumerate(BLOCKS[name]) for block in range(n)]
+    layers = {"features.0.0": "conv_stem", "features.0.1": "bn1"}
+    for number, (stage, block) in enumerate(places, 1):
+        convs = ("conv_pw", "conv_dw", "conv_pwl") if number > 1 else ("conv_dw", "conv_pw")
+        squeeze = not v2 and (4 <= number <= 6 or number >= 11)
+        for index, conv in enumerate(convs):
+            last = index == len(convs) - 1
+            parts = (index, index + 1) if v2 and last else (f"{index}.0", f"{index}.1")
+            if squeeze and last:  # one further
+                parts = (f"{index + 1}.0", f"{index + 1}.1")
+            for part, layer in zip(parts, (conv, f"bn{index + 1}")):
+                layers[f"features.{number}.{inside}.{part}"] = f"blocks.{stage}.{block}.{layer}"
+        if squeeze:
+            for part, layer in (("fc1", "conv_reduce"), ("fc2", "conv_expand")):
+                layers[f"features.{number}.block.2.{part}"] = f"blocks.{stage}.{block}.se.{layer}"
+    if v2:
+        ends = {"features.18.0": "conv_head", "features.18.1": "bn2", "classifier.1": "classifier"}
+    else:
+        ends = {"features.16.0": "blocks.6.0.conv", "features.16.1": "blocks.6.0.bn1"}
+        ends |= {"classifier.0": "conv_head", "classifier.3": "classifier"}
+    return {**layers, **ends}
+
+
+def timm_state(name, state):
+    layers, result = timm_layers(name), {}
+    for key, value in state.items():
+        layer, _, leaf = key.rpartition(".")
+        is_conv = layers[layer] == "conv_head" and leaf == "weight"
+        result[f"{layers[layer]}.{leaf}"] = value.view(*value.shape[:2], 1, 1) if is_conv else value
+    assert len(result) == len(state)
+    return result
 
 
 @pytest.fixture
@@ -60,23 +101,29 @@ def filled(model):
 
 @pytest.fixture(scope="module", params=CLASSIFIERS)
 def classifier(request, tmp_path_factory):
-    """(name, torchvision's model with random BatchNorm statistics, its file)."""
+    """(name, torchvision's model with random BatchNorm statistics, state, file)."""
     torch.manual_seed(0)
-    model = getattr(models, request.param)(weights=None).eval()
+    timms = {"mobilenetv2_100": "mobilenet_v2", "mobilenetv3_large_100": "mobilenet_v3_large"}
+    name = request.param
+    model = getattr(models, timms.get(name, name))(weights=None).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            if name in timms:
+                module.eps = 1e-5
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
-    path = tmp_path_factory.mktemp("weights") / f"{request.param}.pth"
-    torch.save(model.state_dict(), path)
-    return request.param, model, str(path)
+    state = model.state_dict()
+    state = timm_state(name, state) if name in timms else state
+    path = tmp_path_factory.mktemp("weights") / f"{name}.pth"
+    torch.save(state, path)
+    return name, model, state, str(path)
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_classifier_gives_torchvisions_features(classifier, order, log):
-    name, theirs, path = classifier
+    name, theirs, _, path = classifier
     found, lab, opts, nodes = CLASSIFIERS[name]
     mean = torch.tensor(MEAN)
     ours_mean = 255 * (mean if order == "RGB" else mean.flip(0))
@@ -86,7 +133,9 @@ def test_classifier_gives_torchvisions_features(classifier, order, log):
     cfg, model = make_model(lab, *opts)
 
     SSDCheckpointer(model, cfg=cfg).load(path)
-    assert f"Found torchvision's {found}" in log.text
+    turned = ", first layer turned from RGB to BGR" if order == "BGR" else ""
+    assert f"Found {found}{turned}" in log.messages
+    assert "instead of" not in log.text
     names = {k for k in model.state_dict() if k.startswith("backbone.bottom_up.")}
     assert filled(model) == names, "the bottom-up completely, and nothing else"
 
@@ -110,20 +159,34 @@ def test_classifier_gives_torchvisions_features(classifier, order, log):
 
 
 def test_parameters_that_we_do_not_know_keep_their_names(classifier):
-    name, theirs, _ = classifier
-    state = {**theirs.state_dict(), "auxiliary.0.weight": torch.ones(2)}
-    result = torchvision_names.convert_backbone(state, (1.0, 1.0, 1.0), "RGB")
+    state = {**classifier[2], "auxiliary.0.weight": torch.ones(2)}
+    result = recognise(state).to_ours(state)
     kept = {key for key in result if not key.startswith("backbone.bottom_up.")}
-    own = {key for key in state if key.startswith(("classifier.", "fc."))}
+    own = {key for key in state if key.startswith(("classifier.", "fc.", "conv_head."))}
+    own -= {"conv_head.weight"} & {"conv_head.weight"} if "bn2.weight" in state else set()
     assert own and kept == own | {"auxiliary.0.weight"}
     assert len(result) == len(state)
 
 
-def test_the_files_own_tensors_stay_as_they_are(classifier):
-    state = {name: x.clone() for name, x in classifier[1].state_dict().items()}
-    torchvision_names.convert_backbone(state, (2.0, 2.0, 2.0), "BGR")
-    for name, value in classifier[1].state_dict().items():
-        assert torch.equal(state[name], value), name
+def test_the_files_own_tensors_stay_as_they_are(classifier, assert_equal):
+    state = {name: x.clone() for name, x in classifier[2].items()}
+    recognise(state).to_ours(state, "BGR", (2.0, 2.0, 2.0))
+    assert_equal(state, dict(classifier[2]))
+
+
+@pytest.mark.parametrize(
+    "classifier, lab, theirs, ours",
+    [
+        ("mobilenet_v3_large", V3_VOC, 0.001, 1e-5),
+        ("mobilenetv3_large_100", V3, 1e-5, 0.001),
+    ],
+    indirect=["classifier"],
+)
+def test_another_eps_is_warned_of(classifier, lab, theirs, ours, log):
+    cfg, model = make_model(lab)
+    SSDCheckpointer(model, cfg=cfg).load(classifier[3])
+    (text,) = (message for message in log.messages if "instead of" in message)
+    assert text.endswith(f": MODEL.BATCH_NORM.EPS {ours} instead of {theirs}")
 
 
 def test_full_tail_in_a_reduced_one_stays_fresh_and_is_named(tmp_path, log):
@@ -138,32 +201,6 @@ def test_full_tail_in_a_reduced_one_stays_fresh_and_is_named(tmp_path, log):
     for name in ("stage6.0.project.weight", "stage6.2.expand.weight", "conv2.norm.bias"):
         assert f"backbone.bottom_up.{name}" not in names
         assert f"backbone.bottom_up.{name}" in log.text
-
-
-def test_background_goes_from_first_to_last():
-    """Two default boxes of two classes: background, a, b → a, b, background."""
-    bias = torch.tensor([0.0, 1, 2, 10, 11, 12])
-    assert background_last(bias, 2).tolist() == [1, 2, 0, 11, 12, 10]
-    weight = bias[:, None, None, None] + torch.tensor([0.0, 100])[:, None, None]
-    result = background_last(weight, 2)
-    assert result.shape == (6, 2, 1, 1)
-    assert result[:, 1, 0, 0].tolist() == [101, 102, 100, 111, 112, 110]
-    assert background_last(torch.tensor([5.0, 6]), 1).tolist() == [6, 5]
-
-
-def test_unknown_parameters_of_a_detector_keep_their_names():
-    state = {
-        "head.classification_head.module_list.0.bias": torch.tensor([0.0, 1, 2]),
-        "head.regression_head.module_list.0.bias": torch.zeros(4),
-        "teacher.weight": torch.ones(1),
-    }
-    assert torchvision_names.recognises(state)
-    result = torchvision_names.convert(state)
-    assert set(result) == {
-        "head.cls_predictors.0.bias", "head.box_predictors.0.bias", "teacher.weight",
-    }  # fmt: skip
-    assert result["head.cls_predictors.0.bias"].tolist() == [1, 2, 0]
-    assert result["teacher.weight"] is state["teacher.weight"]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +223,8 @@ def test_another_class_count_in_training_leaves_the_class_predictors_fresh(detec
     assert len(of_classes) == 12  # weight and bias of six levels
     assert filled(model) == set(model.state_dict()) - of_classes
     assert all(name in log.text for name in of_classes)
-    assert "Found a torchvision SSD" in log.text
+    text = "Found torchvision's SSDLite320, 5 classes, background moved from first to last"
+    assert text in log.messages
     theirs = state["head.regression_head.module_list.2.1.bias"]
     assert torch.equal(model.state_dict()["head.box_predictors.2.1.bias"], theirs)
 

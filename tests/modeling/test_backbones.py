@@ -210,6 +210,16 @@ def test_mobilenetv3_equals_torchvisions(reduced, channels):
     assert_outputs_equal(ours, theirs, {**modules, "conv2": theirs[16]})
 
 
+def test_late_pool_gives_conv5_the_resolution_of_conv4():
+    with torch.device("meta"):
+        vgg = VGG16(out_features=["conv4_3", "conv5_3", "fc7"], late_pool=True)
+        sizes = {name: x.shape[-1] for name, x in vgg(torch.empty(1, 3, 300, 300)).items()}
+    assert sizes == {"conv4_3": 38, "conv5_3": 38, "fc7": 19}
+    assert {name: x.stride for name, x in vgg.output_shape().items()} == {
+        "conv4_3": 8, "conv5_3": 8, "fc7": 16,
+    }  # fmt: skip
+
+
 def test_squeeze_first_reaches_every_block_that_squeezes():
     with torch.device("meta"):
         network = build("mobilenetv3", ["conv2"], "MODEL.MOBILENET.SQUEEZE_FIRST", True)
@@ -371,7 +381,8 @@ def test_inverted_extra_layers(block):
         assert isinstance(layer.squeeze, nn.Identity)
     else:  # lufficc squeezes before the activation
         assert layer.depthwise.activation is None
-        assert [type(x).__name__ for x in layer.squeeze] == ["SqueezeExcitation", "ReLU6"]
+        assert type(layer.squeeze).__name__ == "SqueezeExcitation"
+        assert isinstance(layer.activate, nn.ReLU6)
 
 
 def test_inverted_extra_layers_that_shrink_without_a_stride():

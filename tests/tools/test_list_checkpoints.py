@@ -1,0 +1,49 @@
+"""The tables of docs/checkpoints.md."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ssd.checkpoint.published import PUBLISHED
+from ssd.checkpoint.recognition import BACKBONES, DETECTORS
+
+
+@pytest.fixture
+def tables(repo, monkeypatch):
+    monkeypatch.syspath_prepend(str(repo / "tools"))
+    import list_checkpoints
+
+    return list_checkpoints
+
+
+def test_the_document_holds_the_tables(repo, tables):
+    text = (repo / "docs/checkpoints.md").read_text()
+    for table in (tables.detectors(), tables.backbones(), tables.published()):
+        assert table in text, "run python tools/list_checkpoints.py"
+    assert all(f"`{name}`" in text for name in PUBLISHED)
+    assert all(lineage.title in text for lineage in [*DETECTORS, *BACKBONES])
+
+
+def test_files_that_the_document_names_exist(repo, tables):
+    words = f"{tables.detectors()} {tables.backbones()}".replace(":", " ").replace(";", " ")
+    files = {word for word in words.split() if word.startswith(("tests/", "docs/"))}
+    assert len(files) > 4
+    assert all((repo / file.rstrip(",")).is_file() for file in files)
+
+
+def test_what_changes_is_said(tables):
+    texts = {lineage.key: tables.changes(lineage) for lineage in [*DETECTORS, *BACKBONES]}
+    assert texts["mmdet_vgg"] == "nothing"
+    assert texts["caffe"] == "background to the last place; BGR to RGB"
+    assert texts["nvidia"].endswith("class-major to box-major")
+    assert texts["torchvision_resnet"] == "scale of the input"
+
+
+def test_a_missing_table_is_an_error(repo, tmp_path):
+    (tmp_path / "page.md").write_text("nothing")
+    command = [sys.executable, str(repo / "tools/list_checkpoints.py"), "--check"]
+    environment = {"PYTHONPATH": str(repo), "PATH": "/usr/bin"}
+    for page, code in ((tmp_path / "page.md", 1), (repo / "docs/checkpoints.md", 0)):
+        result = subprocess.run([*command, str(page)], capture_output=True, env=environment)
+        assert result.returncode == code, result.stderr

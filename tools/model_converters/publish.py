@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Makes a training file of ours ready to publish: publish.py IN OUT_PREFIX
+
+Writes OUT_PREFIX-xxxxxxxx.pth, only the weights and the class names, where xxxxxxxx are the first
+digits of the file's SHA-256, and beside it OUT_PREFIX-xxxxxxxx.json, the metrics of the evaluation
+that belongs to IN: the last one in metrics.json up to IN's iteration. Equal weights give an equal
+file.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+from typing import Any, Dict, Optional
+
+from ssd.checkpoint.checkpointer import write_atomically
+from ssd.checkpoint.convert import encode, read_ours, write_as
+
+HASH_DIGITS = 8  # as in PyTorch's and MMDetection's published names
+
+
+def read_metrics(path: str, iteration: Optional[int] = None) -> Dict[str, Any]:
+    """The last evaluation in Detectron2's ``metrics.json``: "iteration", "bbox/AP", …
+
+    Args:
+        iteration: of the weights; later evaluations don't count. None: unknown.
+
+    Returns:
+        {} if there is none; None for values that aren't numbers, such as a missing class's AP.
+    """
+    found: Dict[str, Any] = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # where a run was killed
+            if not isinstance(record, dict) or not any("/" in name for name in record):
+                continue
+            # the last evaluation comes after the last step: one iteration later
+            if iteration is None or record.get("iteration", 0) <= iteration + 1:
+                found = {k: x for k, x in record.items() if "/" in k or k == "iteration"}
+    return {k: None if isinstance(x, float) and math.isnan(x) else x for k, x in found.items()}
+
+
+def publish(source: str, prefix: str, metrics: Optional[str] = None, averaged: bool = False) -> str:
+    """Writes the files and returns the weights' path."""
+    detector = read_ours(source, averaged=averaged)
+    if detector.lineage.key != "detectron2":
+        raise ValueError(
+            f"{source} is {detector.lineage.title}; first: convert.py {source} OUT --to detectron2"
+        )
+    content = encode(write_as(detector, "detectron2"))
+    base = f"{prefix}-{hashlib.sha256(content).hexdigest()[:HASH_DIGITS]}"
+    write_atomically(f"{base}.pth", lambda file: file.write(content))
+    values, where = {}, metrics or os.path.join(os.path.dirname(source), "metrics.json")
+    iteration = detector.rest.get("iteration")
+    if not metrics and "ema" in detector.rest:
+        print(f"No metrics: those in {where} are of the averaged weights (--ema)")
+    elif metrics or os.path.isfile(where):
+        values = read_metrics(where, iteration if isinstance(iteration, int) else None)
+        if not values:
+            print(f"No metrics: {where} has no evaluation of these weights")
+    else:
+        print(f"No metrics: there is no {where} (--metrics)")
+    if values:
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        write_atomically(f"{base}.json", lambda file: file.write(text.encode()))
+        print(f"Wrote {base}.json, of iteration {values.get('iteration')}")
+    print(f"Wrote {base}.pth")
+    return f"{base}.pth"
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN")
+    parser.add_argument("prefix", metavar="OUT_PREFIX")
+    parser.add_argument("--ema", action="store_true", help="publish the averaged weights")
+    parser.add_argument("--metrics", metavar="FILE", help="default: metrics.json beside IN")
+    args = parser.parse_args(argv)
+    try:
+        publish(args.source, args.prefix, args.metrics, args.ema)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    main()
