@@ -12,6 +12,7 @@ from torch import Tensor
 from ssd.checkpoint import mmdet, qfgaohao, torchvision
 from ssd.checkpoint.files import read_file
 from ssd.checkpoint.lineage import BODY, Lineage, State, count_classes, predictors
+from ssd.checkpoint.published import Weights
 from ssd.checkpoint.recognition import class_names, definition, find_weights, identify, recognise
 
 __all__ = ["FORMATS", "Detector", "encode", "read_ours", "write_as"]
@@ -53,7 +54,7 @@ class Detector(NamedTuple):
     lineage: Lineage = _OURS
     rest: Dict[str, Any] = {}
 
-    def definition(self) -> Optional[Tuple[str, Tuple, Dict[str, Any]]]:
+    def definition(self) -> Optional[Tuple[Weights, Dict[str, Any]]]:
         """As :func:`ssd.checkpoint.recognition.definition`; None for our own and for backbones."""
         pairs = predictors(self.state)
         counts = [count_classes(self.state, cls, box) for cls, box in pairs.items()]
@@ -119,7 +120,7 @@ def write_as(detector: Detector, format: str) -> Dict[str, Any]:
         raise ValueError(f"format {format!r}, expected one of {', '.join(FORMATS)}")
     if format not in _FOREIGN:
         return {"model": state, **({"classes": classes} if classes else {})}
-    if (found := detector.definition()) and found[2]["MODEL.VGG.LATE_POOL"]:
+    if (found := detector.definition()) and found[1]["MODEL.VGG.LATE_POOL"]:
         raise ValueError(f"{format} has no VGG16 that pools as that of {detector.lineage.title}")
     meta: Dict[str, Any] = dict(_OLD_META) if format == "mmdet-old" else {}
     if classes:  # of 2.x, of 3.x

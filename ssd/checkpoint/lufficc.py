@@ -2,8 +2,16 @@
 
 from typing import Callable, Dict, Iterator, Tuple
 
-from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, flat_extras, heads, lite_heads
-from ssd.checkpoint.mobilenet import FLAT_SE, NESTED, flat_v3, mobilenet, nested_v2
+from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, flat_extras, heads, lite_heads
+from ssd.checkpoint.mobilenet import (
+    FLAT_SE,
+    NESTED,
+    conv_to_linear,
+    flat_v3,
+    linear_to_conv,
+    mobilenet,
+    nested_v2,
+)
 from ssd.checkpoint.vgg import vgg_layers
 
 __all__ = ["LINEAGES"]
@@ -22,14 +30,6 @@ def _mobilenet(
             yield f"backbone.extras.{level}.conv.{theirs}", f"backbone.extra_layers.{level}.{ours}"
     # the last level's are bare; the others' layers lie in "conv"
     yield from lite_heads(_CLS, _BOX, ".conv.0", ".conv.1", ".conv.3", last_1x1=True)
-
-
-def _linear_to_conv(state: State) -> State:
-    """Squeeze-and-excitation's fully connected layers as 1×1 convolutions."""
-    return {
-        name: x[:, :, None, None] if ".fc." in name and x.dim() == 2 else x
-        for name, x in state.items()
-    }
 
 
 LINEAGES = [
@@ -58,6 +58,7 @@ LINEAGES = [
         (f"{_HEAD}.conv.0.weight", "backbone.features.4.conv.5.fc.0.weight"),
         dict(_mobilenet("v3", flat_v3, FLAT_SE)),
         background_first=True,
-        prepare=_linear_to_conv,
+        prepare=linear_to_conv,
+        restore=conv_to_linear,
     ),
 ]

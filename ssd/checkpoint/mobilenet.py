@@ -2,11 +2,11 @@
 
 from typing import Callable, Dict, Iterator, List, Tuple
 
-from ssd.checkpoint.lineage import BODY, IMAGENET_STD, Lineage
+from ssd.checkpoint.lineage import BODY, IMAGENET_STD, Lineage, State
 
 __all__ = [
-    "BACKBONES", "FLAT", "FLAT_SE", "NESTED", "V1", "block_names", "flat_v2", "flat_v3",
-    "mobilenet", "nested_v2", "nested_v3",
+    "BACKBONES", "FLAT", "FLAT_SE", "NESTED", "V1", "block_names", "conv_to_linear", "flat_v2",
+    "flat_v3", "linear_to_conv", "mobilenet", "nested_v2", "nested_v3",
 ]  # fmt: skip
 
 # Blocks in each stage of our backbones.
@@ -98,6 +98,21 @@ def _timm(version: str, last: Dict[str, str]) -> Iterator[Tuple[str, str]]:
         yield f"{block}se.conv_expand", f"{BODY}{name}.squeeze.fc2"
 
 
+def linear_to_conv(state: State) -> State:
+    """Squeeze-and-excitation's fully connected layers as 1×1 convolutions."""
+    return {
+        name: x[:, :, None, None] if ".fc." in name and x.dim() == 2 else x
+        for name, x in state.items()
+    }
+
+
+def conv_to_linear(state: State) -> State:
+    """The inverse of :func:`linear_to_conv`."""
+    return {
+        name: x.flatten(1) if ".fc." in name and x.dim() == 4 else x for name, x in state.items()
+    }
+
+
 BACKBONES = [
     Lineage(
         "torchvision_mobilenetv2",
@@ -105,6 +120,7 @@ BACKBONES = [
         ("features.18.0.weight", "features.1.conv.0.0.weight"),
         dict(mobilenet("v2", "features.", nested_v2, "conv.")),
         input_std=IMAGENET_STD,
+        config={"MODEL.BATCH_NORM.EPS": 1e-5},
     ),
     Lineage(
         "torchvision_mobilenetv3_classifier",
@@ -112,7 +128,7 @@ BACKBONES = [
         ("features.16.0.weight", "features.1.block.0.0.weight"),
         dict(mobilenet("v3", "features.", nested_v3, "block.")),
         input_std=IMAGENET_STD,
-        config={"MODEL.BATCH_NORM.EPS": 1e-3},
+        config={"MODEL.BATCH_NORM.EPS": 1e-3, "MODEL.MOBILENET.SQUEEZE_FIRST": False},
     ),
     Lineage(
         "timm_mobilenetv2",
@@ -120,6 +136,7 @@ BACKBONES = [
         ("conv_stem.weight", "blocks.6.0.conv_pwl.weight"),
         dict(_timm("v2", {"conv_head": "conv2", "bn2": "conv2.norm"})),
         input_std=IMAGENET_STD,
+        config={"MODEL.BATCH_NORM.EPS": 1e-5},
     ),
     Lineage(
         "timm_mobilenetv3",
@@ -127,7 +144,7 @@ BACKBONES = [
         ("conv_stem.weight", "blocks.6.0.conv.weight"),
         dict(_timm("v3", {"blocks.6.0.conv": "conv2", "blocks.6.0.bn1": "conv2.norm"})),
         input_std=IMAGENET_STD,
-        config={"MODEL.BATCH_NORM.EPS": 1e-5},
+        config={"MODEL.BATCH_NORM.EPS": 1e-5, "MODEL.MOBILENET.SQUEEZE_FIRST": False},
     ),
     Lineage(
         "d-li14_mobilenetv3",
@@ -139,7 +156,8 @@ BACKBONES = [
             "conv.1": f"{BODY}conv2.norm",
         },
         input_std=IMAGENET_STD,
-        config={"MODEL.BATCH_NORM.EPS": 1e-5},
+        config={"MODEL.BATCH_NORM.EPS": 1e-5, "MODEL.MOBILENET.SQUEEZE_FIRST": True},
+        prepare=linear_to_conv,
     ),
     # qfgaohao's own labs have the inputs that these were trained with
     Lineage(
@@ -147,6 +165,7 @@ BACKBONES = [
         "a MobileNetV1 classifier (qfgaohao)",
         ("0.0.weight", "13.3.weight"),
         dict(mobilenet("v1", "", lambda index: V1)),
+        config={"MODEL.BATCH_NORM.EPS": 1e-5},
     ),
     *(
         Lineage(
@@ -154,6 +173,7 @@ BACKBONES = [
             "a MobileNetV2 classifier (qfgaohao)",
             (f"{prefix}1.conv.3.weight", f"{prefix}18.0.weight"),
             dict(mobilenet("v2", prefix, flat_v2, "conv.")),
+            config={"MODEL.BATCH_NORM.EPS": 1e-5},
         )
         for prefix in ("", "features.")
     ),

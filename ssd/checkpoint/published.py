@@ -60,7 +60,11 @@ _VOC512 = (
     "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", 537.0,
 )  # fmt: skip
 _CLAMPED = ("MODEL.SSD.DEFAULT_BOXES.CLIP", "cxcywh")
-_LUFFICC_TEST = (*_CLAMPED, "TEST.DETECTIONS_PER_IMAGE", 100)
+_AMDEGROOT_TEST = (
+    *_CLAMPED, "MODEL.SSD.TOPK_CANDIDATES_TEST", 200, "TEST.DETECTIONS_PER_IMAGE", 4000,
+)  # fmt: skip
+# the last key's value is the number of default boxes: all are candidates
+_LUFFICC_TEST = (*_CLAMPED, "TEST.DETECTIONS_PER_IMAGE", 100, "MODEL.SSD.TOPK_CANDIDATES_TEST")
 _COCO512_SIZES = [20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8]
 
 # Sources: the READMEs of MMDetection (configs/ssd, configs/pascal_voc), weiliu89/caffe,
@@ -148,26 +152,26 @@ PUBLISHED: Dict[str, Weights] = {
     ),
     "ssd300_voc0712_lufficc": Weights(
         "lufficc_vgg", "ssd_vgg16_size300_voc0712", _LUFFICC + "vgg_ssd300_voc0712.pth",
-        "77.7 mAP, VOC2007 test", opts=_LUFFICC_TEST,
+        "77.7 mAP, VOC2007 test", opts=(*_LUFFICC_TEST, 8732),
     ),
     "ssd512_voc0712_lufficc": Weights(
         "lufficc_vgg", "ssd_vgg16_size512_voc0712", _LUFFICC + "vgg_ssd512_voc0712.pth",
         "80.7 mAP, VOC2007 test",
         opts=(
-            *_LUFFICC_TEST,
+            *_LUFFICC_TEST, 24564,
             "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES", [35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8],
             "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", 537.65,
         ),
     ),
     "ssd300_coco_lufficc": Weights(
         "lufficc_vgg", "ssd_vgg16_size300_expand_aug", _LUFFICC + "vgg_ssd300_coco_trainval35k.pth",
-        "25.2 AP, COCO minival2014", opts=_LUFFICC_TEST,
+        "25.2 AP, COCO minival2014", opts=(*_LUFFICC_TEST, 8732),
     ),
     "ssd512_coco_lufficc": Weights(
         "lufficc_vgg", "ssd_vgg16_size512_expand_aug", _LUFFICC + "vgg_ssd512_coco_trainval35k.pth",
         "29.0 AP, COCO minival2014",
         opts=(
-            *_LUFFICC_TEST,
+            *_LUFFICC_TEST, 24564,
             "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES", _COCO512_SIZES,
             "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", 542.72,
         ),
@@ -182,7 +186,7 @@ PUBLISHED: Dict[str, Weights] = {
     ),
     "ssd300_voc0712_amdegroot": Weights(
         "amdegroot", "ssd_vgg16_size300_voc0712", _AMDEGROOT + "ssd300_mAP_77.43_v2.pth",
-        "77.43 mAP, VOC2007 test", opts=_CLAMPED,
+        "77.43 mAP, VOC2007 test", opts=_AMDEGROOT_TEST,
     ),
     "ssd300_voc0712_qfgaohao": Weights(
         "qfgaohao_vgg", "ssd_vgg16_size300_qfgaohao", _QFGAOHAO + "vgg16-ssd-mp-0_7726.pth",

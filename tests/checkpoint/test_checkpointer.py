@@ -14,7 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
-from ssd.checkpoint import SSDCheckpointer, mmdet, vgg
+from ssd.checkpoint import SSDCheckpointer, vgg
 from ssd.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -128,8 +128,7 @@ def golden_names():
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_mmdetection_file_fills_the_model(tmp_path, golden_names, prefix):
-    generator = torch.Generator().manual_seed(0)
-    state = {n: torch.rand(s, generator=generator) for n, s in golden_names("ssdlite").items()}
+    state = mmdetections(golden_names("ssdlite"))
     path = str(tmp_path / "ssdlite.pth")
     stored = {prefix + name: value for name, value in state.items()}
     torch.save({"state_dict": stored, "meta": {"epoch": 120, "CLASSES": ("a", "b")}}, path)
@@ -145,12 +144,24 @@ def test_mmdetection_file_fills_the_model(tmp_path, golden_names, prefix):
         assert torch.equal(ours[name], state[theirs]), name
 
 
-def test_mmdetection_names_of_ssd300_are_the_models(golden_names):
-    cfg = load_config(str(BASES / "ssd300_vgg16.yaml"), ["MODEL.DEVICE", "cpu"])
-    names = golden_names("ssd300")
-    state = {n: tuple(x.shape) for n, x in build_model(cfg).state_dict().items()}
-    assert mmdet.recognises(names) and not mmdet.recognises(state)
-    assert mmdet.convert(names) == state
+def mmdetections(names, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator) for name, shape in names.items()}
+
+
+def test_mmdetections_averages_are_those_that_it_evaluates(tmp_path, golden_names, log):
+    """Its plain names; MMCV's hook leaves ema_… beside them, MMEngine's an ema_state_dict."""
+    state = mmdetections(golden_names("ssdlite"))
+    extra = {"ema_" + name.replace(".", "_"): -x for name, x in state.items()}
+    average = {"steps": torch.tensor(7), **{f"module.{n}": -x for n, x in state.items()}}
+    path = str(tmp_path / "epoch_1.pth")
+    torch.save({"state_dict": {**extra, **state}, "ema_state_dict": average}, path)
+    cfg = load_config(str(BASES / "ssdlite_mobilenetv2.yaml"), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    SSDCheckpointer(model, cfg=cfg, strict=True).load(path)
+    expected = state["bbox_head.reg_convs.0.1.bias"]
+    assert torch.equal(model.state_dict()["head.box_predictors.0.1.bias"], expected)
+    assert "ema_backbone_conv1_conv_weight" in log.text, "not used, and named"
 
 
 def test_another_class_count_in_training_keeps_the_rest_and_says_so(tmp_path, log):
@@ -199,9 +210,40 @@ def test_a_missing_weight_in_evaluation_is_named(tmp_path):
         SSDCheckpointer(make_model(), strict=True).load(str(tmp_path / "model.pth"))
 
 
-def test_names_of_a_data_parallel_model(tmp_path):
+@pytest.mark.parametrize(
+    "prefix", ["module.", "module.1.", "_orig_mod.", "model.", "_orig_mod.module."]
+)
+def test_names_of_a_wrapped_model(tmp_path, prefix):
     model, source = make_model(), make_model(seed=1).state_dict()
-    torch.save({"model": {f"module.{n}": x for n, x in source.items()}}, tmp_path / "model.pth")
+    torch.save({"model": {prefix + n: x for n, x in source.items()}}, tmp_path / "model.pth")
+    SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net"])
+def test_weights_by_any_usual_key(tmp_path, key):
+    model, source = make_model(), make_model(seed=1).state_dict()
+    torch.save({key: source, "epoch": 3}, tmp_path / "model.pth")
+    result = SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source) and result == {"epoch": 3}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_parameter_that_is_not_finite_is_an_error(tmp_path, strict, value):
+    model, state = make_model(), make_model(seed=1).state_dict()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    state["head.box_predictors.1.1.bias"][2] = value
+    torch.save({"model": state}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS.*head\.box_predictors\.1\.1\.bias.*NaN"):
+        SSDCheckpointer(model, strict=strict).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), before)
+
+
+def test_nan_in_what_is_not_used_is_no_error(tmp_path):
+    model, source = make_model(), make_model(seed=1).state_dict()
+    state = {**source, "teacher.weight": torch.full((3,), float("nan"))}
+    torch.save({"model": state}, tmp_path / "model.pth")
     SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
     assert same(model.state_dict(), source)
 
@@ -342,3 +384,169 @@ def test_entries_that_are_not_used_are_named(tmp_path, log):
     torch.save({**state, "loc.0.weight": torch.zeros(3)}, tmp_path / "ssd300.pth")
     SSDCheckpointer(model).load(str(tmp_path / "ssd300.pth"))
     assert "loc.0.weight" in log.text
+
+
+# --- Fine-tuning from other classes -----------------------------------------------------------
+
+# Where VOC's aeroplane, bicycle, …, tvmonitor are among COCO's 80 classes.
+VOC_IN_COCO = [4, 1, 14, 8, 39, 5, 2, 15, 56, 19, 60, 16, 17, 3, 0, 58, 18, 57, 6, 62]
+BACKGROUND = -1
+FINE_TUNED = {  # source and target classes: for each target class its source
+    "another order": ("abc", "cab", [2, 0, 1]),
+    "fewer": ("abc", "cb", [2, 1]),
+    "more": ("abc", "cxaby", [2, None, 0, 1, None]),
+}
+
+
+def by_class(state, name="head.cls_predictors.0.1", leaf="bias", num_anchors=4):
+    """(A, K + 1, …) of the lite predictor of a level, background last."""
+    return state[f"{name}.{leaf}"].unflatten(0, (num_anchors, -1))
+
+
+def assert_rows(model, source, fresh, rows):
+    """``rows``: of each target class the source's, or None for a fresh one."""
+    state = model.state_dict()
+    for level in range(3):
+        for leaf in ("weight", "bias"):
+            name = f"head.cls_predictors.{level}.1"
+            actual, theirs, own = (by_class(x, name, leaf) for x in (state, source, fresh))
+            for cls, row in enumerate([*rows, BACKGROUND]):
+                index = cls if row != BACKGROUND else BACKGROUND
+                expected = own[:, index] if row is None else theirs[:, row]
+                assert torch.equal(actual[:, index], expected), (name, leaf, cls)
+    of_classes = re.compile(r"head\.cls_predictors\.\d\.1\.")
+    rest = [name for name in state if not of_classes.match(name)]
+    assert all(torch.equal(state[name], source[name]) for name in rest)
+
+
+@pytest.fixture
+def classed(register):
+    """A function (class names, seed, KEY, VALUE, …) → (config, model) with random biases."""
+
+    def make(names, seed=0, *opts):
+        train = ["DATASETS.TRAIN", (register([], names),), "DATASETS.TEST", ()]
+        opts = [*SMALL, *LITE, *train, "MODEL.SSD.NUM_CLASSES", len(names), *opts]
+        cfg = load_config(str(BASES / "ssdlite_mobilenetv2.yaml"), opts)
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        for name, value in model.head.state_dict().items():
+            if name.endswith(".1.bias"):
+                value.normal_()
+        return cfg, model
+
+    return make
+
+
+def copied(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", FINE_TUNED)
+def test_own_classes_are_matched_by_name(tmp_path, classed, log, kind):
+    theirs, ours, rows = FINE_TUNED[kind]
+    cfg, source = classed(theirs)
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed(ours, 1)
+    fresh = copied(model)
+    assert SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth")) == {}
+    assert_rows(model, source.state_dict(), fresh, rows)
+    known = len(rows) - rows.count(None)
+    text = f"{known} of {len(rows)} classes start from those of weights"
+    assert text + ("; fresh: x, y" if None in rows else "") in log.messages
+
+
+def test_renamed_classes_of_equal_number_are_kept(tmp_path, classed):
+    cfg, source = classed("abc")
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed("cax", 1)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source.state_dict())
+
+
+def test_classes_of_nobodys_name_stay_fresh_and_are_named(tmp_path, classed, log):
+    cfg, source = classed("abc")
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed("xy", 1)
+    fresh = copied(model)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    name = "head.cls_predictors.0.1.bias"
+    assert torch.equal(model.state_dict()[name], fresh[name]) and name in log.text
+
+
+@pytest.mark.parametrize(
+    "class_map, rows",
+    [([1, -1, 0], [1, None, 0]), (["b", "", "A"], [1, None, 0]), (["c", 2, -1], [2, 2, None])],
+)
+def test_classes_by_class_map(tmp_path, classed, class_map, rows):
+    cfg, source = classed("abc")
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed("abc", 1, "MODEL.SSD.CLASS_MAP", class_map)
+    fresh = copied(model)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    assert_rows(model, source.state_dict(), fresh, rows)
+
+
+def test_a_class_map_that_does_not_fit_is_an_error(tmp_path, classed):
+    cfg, source = classed("abc")
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed("xy", 1, "MODEL.SSD.CLASS_MAP", ["a", "d"])
+    with pytest.raises(ValueError, match=r"MODEL\.SSD\.CLASS_MAP\[1\] is 'd'"):
+        SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+
+
+def test_resuming_maps_no_classes(tmp_path, classed):
+    cfg, source = classed("abc")
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed("cab", 1, "MODEL.SSD.CLASS_MAP", [2, 1, 0])
+    SSDCheckpointer(model, str(tmp_path), cfg=cfg).resume_or_load("", resume=True)
+    assert same(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("class_map", [[], [2, 1]])
+def test_evaluation_maps_no_classes(tmp_path, classed, class_map):
+    cfg, source = classed("abc")
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed("cb", 1, "MODEL.SSD.CLASS_MAP", class_map)
+    with pytest.raises(ValueError, match=r"head\.cls_predictors.*MODEL\.SSD\.NUM_CLASSES"):
+        SSDCheckpointer(model, cfg=cfg, strict=True).load(str(tmp_path / "model.pth"))
+    cfg, model = classed("cab", 1)
+    SSDCheckpointer(model, cfg=cfg, strict=True).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], 3, "abc", [1, 2, 3], {"a": 1}])
+def test_class_names_that_do_not_fit_the_file_are_not_used(tmp_path, classed, classes):
+    cfg, source = classed("abc")
+    torch.save({"model": source.state_dict(), "classes": classes}, tmp_path / "model.pth")
+    cfg, model = classed("xba", 1)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_vocs_classes_start_from_cocos(tmp_path, golden_names, log, named):
+    """MMDetection's file with names of classes; or without: 80 are COCO's."""
+    state = mmdetections(golden_names("ssdlite"))
+    source = [f"class {number}" for number in range(80)]
+    for voc, coco in ((0, 4), (19, 62), (6, 2), (14, 0)):
+        source[coco] = ("aeroplane", "TV", "car", "person")[(0, 19, 6, 14).index(voc)]
+    meta = {"CLASSES": tuple(source)} if named else {}
+    torch.save({"state_dict": state, "meta": meta}, tmp_path / "ssdlite.pth")
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.SSD.NUM_CLASSES", 20]
+    opts += ["DATASETS.TRAIN", ("voc_2007_trainval",), "DATASETS.TEST", ("voc_2007_test",)]
+    cfg = load_config(str(BASES / "ssdlite_mobilenetv2.yaml"), opts)
+    model = build_model(cfg)
+    fresh = copied(model)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "ssdlite.pth"))
+    carried = {0: 4, 19: 62, 6: 2, 14: 0} if named else dict(enumerate(VOC_IN_COCO))
+    assert f"{len(carried)} of 20 classes start from those of MMDetection's SSDLite" in log.text
+    for level in range(6):
+        for leaf in ("weight", "bias"):
+            name = f"head.cls_predictors.{level}.1"
+            ours, own = (by_class(x, name, leaf, 6) for x in (model.state_dict(), fresh))
+            theirs = by_class(state, f"bbox_head.cls_convs.{level}.1", leaf, 6)
+            assert theirs.shape[1] == 81
+            assert torch.equal(ours[:, 20], theirs[:, 80]), "background"
+            for voc in range(20):
+                expected = theirs[:, carried[voc]] if voc in carried else own[:, voc]
+                assert torch.equal(ours[:, voc], expected), (level, leaf, voc)

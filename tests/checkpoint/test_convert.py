@@ -153,7 +153,7 @@ FIT = {
 @pytest.mark.parametrize("lab, format", [(lab, x) for lab, formats in FIT.items() for x in formats])
 def test_ours_to_theirs_and_back(lab, format, tmp_path, assert_equal):
     state, file = ours(lab), str(tmp_path / "file")
-    names = CLASSES if len(state["head.cls_predictors.0.bias"]) == 4 * 81 else None
+    names = CLASSES if lab in (VGG, MMDET_V2) else None
     torch.save({"model": state, **({"classes": names} if names else {})}, file)
     data = write_as(read_ours(file), format)
     weights = data["state_dict"] if format.startswith("mmdet") else data
@@ -189,7 +189,7 @@ def test_what_the_target_has_no_network_for_is_refused(lab, format, reason):
 
 
 def test_a_backbone_alone_is_no_detector_but_becomes_ours(tmp_path):
-    theirs = {f"{i}.weight": torch.rand(4, 3, 1, 1) for i in (0, 28, 31)}
+    theirs = {f"{i}.weight": torch.rand(4, 3, 1, 1) for i in (0, 26, 28)}
     torch.save(theirs, tmp_path / "vgg.pth")
     found = read_ours(str(tmp_path / "vgg.pth"))
     assert found.definition() is None
@@ -335,7 +335,9 @@ def test_torchvision_computes_the_same_from_the_written_file(lab, function, tmp_
     SSDCheckpointer(model, str(tmp_path)).save("model")
     data = write_as(read_ours(str(tmp_path / "model.pth")), "torchvision")
     (tmp_path / "theirs.pth").write_bytes(encode(data))
-    theirs = function(weights=None, weights_backbone=None).eval()
+    with torch.device("meta"):  # initialisation takes seconds
+        theirs = function(weights=None, weights_backbone=None)
+    theirs.to_empty(device="cpu").eval()
     theirs.load_state_dict(torch.load(tmp_path / "theirs.pth", weights_only=True), strict=True)
 
     x = torch.randn(1, 3, *model.input_size)

@@ -1,11 +1,12 @@
-"""Backbone weights of d-li14's MobileNetV3-Large and qfgaohao's MobileNetV1, by their names."""
+"""Classifiers: d-li14's MobileNetV3-Large, qfgaohao's MobileNetV1 and V2, by their names."""
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from ssd.checkpoint import SSDCheckpointer, mobilenet
+from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.recognition import recognise
 from ssd.config import load_config
 
 BLOCKS = [  # hidden and output channels, kernel, squeeze width of features.1 … 15
@@ -56,17 +57,48 @@ def mobilenetv1():
     return state
 
 
+def mobilenetv2(prefix=""):
+    state = {**conv("0.0", 32, 3, 3), **norm("0.1", 32)}
+    inputs, number = 32, 0
+    for factor, outputs, count in (
+        (1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1),
+    ):  # fmt: skip
+        for _ in range(count):
+            number, hidden, at = number + 1, factor * inputs, 0
+            name = f"{number}.conv."
+            if factor > 1:
+                state |= {**conv(name + "0", hidden, inputs), **norm(name + "1", hidden)}
+                at = 3
+            state |= {**conv(f"{name}{at}", hidden, 1, 3), **norm(f"{name}{at + 1}", hidden)}
+            at += 3
+            state |= {**conv(f"{name}{at}", outputs, hidden), **norm(f"{name}{at + 1}", outputs)}
+            inputs = outputs
+    state |= {**conv("18.0", 1280, 320), **norm("18.1", 1280)}
+    return {prefix + name: value for name, value in state.items()}
+
+
+def mobilenetv2_classifier():
+    return {**mobilenetv2("features."), "classifier.0.weight": torch.zeros(1000, 1280)}
+
+
 @pytest.mark.parametrize(
-    "lab, make",
+    "lab, make, title",
     [
-        ("ssdlite_mobilenetv3_size320_voc0712", mobilenetv3),
-        ("ssd_mobilenetv1_size300_voc0712", mobilenetv1),
+        ("ssdlite_mobilenetv3_size320_voc0712", mobilenetv3, "a MobileNetV3 classifier (d-li14)"),
+        ("ssd_mobilenetv1_size300_voc0712", mobilenetv1, "a MobileNetV1 classifier (qfgaohao)"),
+        ("ssdlite_mobilenetv2_size300_voc0712", mobilenetv2, "a MobileNetV2 classifier (qfgaohao)"),
+        (
+            "ssdlite_mobilenetv2_size300_voc0712",
+            mobilenetv2_classifier,
+            "a MobileNetV2 classifier (qfgaohao)",
+        ),
     ],
 )
-def test_a_classifier_fills_the_bottom_up(repo, tmp_path, lab, make):
+def test_a_classifier_fills_the_bottom_up(repo, tmp_path, caplog, lab, make, title):
     torch.manual_seed(0)
     state = make()
     torch.save(state, tmp_path / "weights.pth")
+    caplog.set_level("INFO")
     cfg = load_config(str(repo / f"labs/{lab}/config.yaml"), ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
     bottom_up = model.backbone.bottom_up
@@ -74,6 +106,8 @@ def test_a_classifier_fills_the_bottom_up(repo, tmp_path, lab, make):
         for value in bottom_up.state_dict().values():
             value.fill_(-7)
     SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "weights.pth"))
+    assert f"Found {title}" in caplog.messages
+    assert "instead of" not in caplog.text
     # each of the file's values is there once, in the order of the layers
     expected = [x for name, x in state.items() if not name.startswith("classifier")]
     for (name, value), source in zip(bottom_up.state_dict().items(), expected, strict=True):
@@ -87,7 +121,7 @@ def test_the_first_layer_keeps_its_output_and_its_size():
     """Inputs of std 1 into weights for inputs of unit variance, with BatchNorm behind."""
     torch.manual_seed(0)
     state = mobilenetv3()
-    converted = mobilenet.convert(state, (1.0, 1.0, 1.0), "BGR")
+    converted = recognise(state).to_ours(state, "BGR", (1.0, 1.0, 1.0))
     prefix = "backbone.bottom_up.conv1"
     image = 100 * torch.randn(2, 3, 16, 16)  # RGB, without its mean
     std = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -104,7 +138,22 @@ def test_the_first_layer_keeps_its_output_and_its_size():
     assert 0.9 < ratio < 1.1
 
 
+def test_squeeze_and_excitation_is_a_convolution_in_both():
+    """Of rank 2 in the file, 1×1 in ours, in the same order: reduction, expansion."""
+    torch.manual_seed(0)
+    state = mobilenetv3()
+    prefix = "backbone.bottom_up.stage3.0.squeeze."
+    result = recognise(state).to_ours(state)
+    for ours, theirs in (("fc1", "0"), ("fc2", "2")):
+        for leaf in ("weight", "bias"):
+            value = state[f"features.4.conv.5.fc.{theirs}.{leaf}"]
+            assert torch.equal(result[f"{prefix}{ours}.{leaf}"].view_as(value), value)
+            assert result[f"{prefix}{ours}.weight"].dim() == 4
+
+
 def test_other_files_are_not_taken_for_these():
-    assert mobilenet.recognises(mobilenetv1()) == "MobileNetV1"
-    assert mobilenet.recognises(mobilenetv3()) == "MobileNetV3"
-    assert not mobilenet.recognises({"features.0.0.weight": 0, "features.1.conv.0.0.weight": 0})
+    assert recognise(mobilenetv1()).key == "qfgaohao_mobilenetv1_classifier"
+    assert recognise(mobilenetv2()).key == "qfgaohao_mobilenetv2_classifier"
+    assert recognise(mobilenetv2_classifier()).key == "qfgaohao_mobilenetv2_classifier"
+    assert recognise(mobilenetv3()).key == "d-li14_mobilenetv3"
+    assert recognise({"features.0.0.weight": 0, "features.1.conv.0.0.weight": 0}) is None

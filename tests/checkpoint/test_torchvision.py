@@ -1,4 +1,4 @@
-"""torchvision's classifiers, also by timm's names, as our backbones, and torchvision's detectors."""
+"""torchvision's classifiers, also by timm's names, as our backbones, and its detectors' files."""
 
 import re
 
@@ -162,8 +162,10 @@ def test_parameters_that_we_do_not_know_keep_their_names(classifier):
     state = {**classifier[2], "auxiliary.0.weight": torch.ones(2)}
     result = recognise(state).to_ours(state)
     kept = {key for key in result if not key.startswith("backbone.bottom_up.")}
-    own = {key for key in state if key.startswith(("classifier.", "fc.", "conv_head."))}
-    own -= {"conv_head.weight"} & {"conv_head.weight"} if "bn2.weight" in state else set()
+    of_classifier = ("classifier.", "fc.")
+    if classifier[0] == "mobilenetv3_large_100":
+        of_classifier += ("conv_head.",)  # of MobileNetV2 it's the last layer before
+    own = {key for key in state if key.startswith(of_classifier)}
     assert own and kept == own | {"auxiliary.0.weight"}
     assert len(result) == len(state)
 
@@ -175,18 +177,24 @@ def test_the_files_own_tensors_stay_as_they_are(classifier, assert_equal):
 
 
 @pytest.mark.parametrize(
-    "classifier, lab, theirs, ours",
+    "classifier, lab, expected",
     [
-        ("mobilenet_v3_large", V3_VOC, 0.001, 1e-5),
-        ("mobilenetv3_large_100", V3, 1e-5, 0.001),
+        (
+            "mobilenet_v3_large",
+            V3_VOC,
+            "EPS 1e-05 instead of 0.001; MODEL.MOBILENET.SQUEEZE_FIRST True instead of False",
+        ),
+        ("mobilenetv3_large_100", V3, "EPS 0.001 instead of 1e-05"),
+        ("mobilenet_v2", "ssdlite_mobilenetv2_size320_600e", "EPS 0.001 instead of 1e-05"),
+        ("mobilenetv2_100", "ssdlite_mobilenetv2_size320_600e", "EPS 0.001 instead of 1e-05"),
     ],
     indirect=["classifier"],
 )
-def test_another_eps_is_warned_of(classifier, lab, theirs, ours, log):
+def test_another_eps_or_place_of_the_squeeze_is_warned_of(classifier, lab, expected, log):
     cfg, model = make_model(lab)
     SSDCheckpointer(model, cfg=cfg).load(classifier[3])
     (text,) = (message for message in log.messages if "instead of" in message)
-    assert text.endswith(f": MODEL.BATCH_NORM.EPS {ours} instead of {theirs}")
+    assert text.endswith(f": MODEL.BATCH_NORM.{expected}")
 
 
 def test_full_tail_in_a_reduced_one_stays_fresh_and_is_named(tmp_path, log):

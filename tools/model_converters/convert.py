@@ -29,10 +29,11 @@ def convert(source: str, target: str, args: argparse.Namespace) -> None:
     averaged = ", averaged" if args.ema else ""
     print(f"Found {detector.lineage.title}{averaged}; wrote {args.to} to {target}")
     if found := detector.definition():
-        lab, opts, values = found
-        opts = f" with {' '.join(map(str, opts))}" if opts else ""
+        weights, values = found
+        opts = f" with {' '.join(map(str, weights.opts))}" if weights.opts else ""
         mean, std = values["MODEL.PIXEL_MEAN"], values["MODEL.PIXEL_STD"]
-        print(f"It expects RGB in [0, 255] minus {mean}, divided by {std}; its lab is {lab}{opts}")
+        lab = f"default boxes as in labs/{weights.lab}{opts}"
+        print(f"It needs RGB in [0, 255] minus {mean}, divided by {std}; {lab}")
 
 
 def main(argv=None) -> None:

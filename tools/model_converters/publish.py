@@ -17,7 +17,7 @@ import sys
 from typing import Any, Dict, Optional
 
 from ssd.checkpoint.checkpointer import write_atomically
-from ssd.checkpoint.convert import encode, read_ours, write_as
+from ssd.checkpoint.convert import Detector, encode, read_ours, write_as
 
 HASH_DIGITS = 8  # as in PyTorch's and MMDetection's published names
 
@@ -53,25 +53,32 @@ def publish(source: str, prefix: str, metrics: Optional[str] = None, averaged: b
         raise ValueError(
             f"{source} is {detector.lineage.title}; first: convert.py {source} OUT --to detectron2"
         )
+    values = _metrics_of(detector, metrics, os.path.join(os.path.dirname(source), "metrics.json"))
     content = encode(write_as(detector, "detectron2"))
     base = f"{prefix}-{hashlib.sha256(content).hexdigest()[:HASH_DIGITS]}"
     write_atomically(f"{base}.pth", lambda file: file.write(content))
-    values, where = {}, metrics or os.path.join(os.path.dirname(source), "metrics.json")
-    iteration = detector.rest.get("iteration")
-    if not metrics and "ema" in detector.rest:
-        print(f"No metrics: those in {where} are of the averaged weights (--ema)")
-    elif metrics or os.path.isfile(where):
-        values = read_metrics(where, iteration if isinstance(iteration, int) else None)
-        if not values:
-            print(f"No metrics: {where} has no evaluation of these weights")
-    else:
-        print(f"No metrics: there is no {where} (--metrics)")
+    print(f"Wrote {base}.pth")
     if values:
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         write_atomically(f"{base}.json", lambda file: file.write(text.encode()))
-        print(f"Wrote {base}.json, of iteration {values.get('iteration')}")
-    print(f"Wrote {base}.pth")
+        print(f"Wrote {base}.json, metrics of iteration {values.get('iteration')}")
     return f"{base}.pth"
+
+
+def _metrics_of(detector: Detector, given: Optional[str], beside: str) -> Dict[str, Any]:
+    """Of the file given, or of the training's; says if there are none."""
+    path = given or beside
+    if not given and not os.path.isfile(path):
+        print(f"No metrics: there is no {path} (--metrics)")
+        return {}
+    if not given and "ema" in detector.rest:  # they are what a training evaluates
+        print(f"No metrics: those in {path} are of the averaged weights (--ema)")
+        return {}
+    iteration = detector.rest.get("iteration")
+    values = read_metrics(path, iteration if isinstance(iteration, int) else None)
+    if not values:
+        print(f"No metrics: {path} has no evaluation of these weights")
+    return values
 
 
 def main(argv=None) -> None:

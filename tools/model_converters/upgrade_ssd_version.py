@@ -37,7 +37,9 @@ def upgrade(data: Dict[str, Any], path: str) -> Dict[str, Any]:
         ValueError: no SSD of MMDetection's, or it has the new names already.
     """
     state = data.get("state_dict", data)
-    if not (isinstance(state, dict) and state) or not all(isinstance(k, str) for k in state):
+    if not (isinstance(state, dict) and state) or not all(
+        isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in state.items()
+    ):
         raise ValueError(f"{path} holds no dictionary of weights")
     state, meta = unwrap(state), data.get("meta")
     lineage = recognise(state, meta if isinstance(meta, dict) else {})
@@ -51,7 +53,7 @@ def upgrade(data: Dict[str, Any], path: str) -> Dict[str, Any]:
         return new
     result = {**data, "state_dict": new}
     if isinstance(optimizer := data.get("optimizer"), dict):
-        if lineage.background_first:  # so do the rows of its momentum, for which nobody has a use
+        if lineage.background_first:  # and the rows of its momentum haven't
             logger.warning("left out optimizer: the outputs of the classes have moved")
             del result["optimizer"]
         else:
@@ -73,12 +75,13 @@ def _rename(state: State, lineage) -> Tuple[State, Dict[str, str]]:
 def _reorder(optimizer: Dict, before: List[str], after: List[str], names: Dict) -> Dict:
     """The optimizer's state, which torch finds by the parameters' order."""
     groups = optimizer.get("param_groups")
-    if not isinstance(groups, list) or [len(x.get("params", ())) for x in groups] != [len(before)]:
+    group = groups[0] if isinstance(groups, list) and len(groups) == 1 else None
+    if not isinstance(group, dict) or len(group.get("params", ())) != len(before):
         logger.warning("optimizer kept as it is: not one group of all parameters, don't resume")
         return optimizer
-    numbers = {names[name]: number for name, number in zip(before, groups[0]["params"])}
-    group = {**groups[0], "params": [numbers[name] for name in after]}
-    return {**optimizer, "param_groups": [group]}
+    numbers = {names[name]: number for name, number in zip(before, group["params"])}
+    params = [numbers[name] for name in after if name in numbers]
+    return {**optimizer, "param_groups": [{**group, "params": params}]}
 
 
 def plain(value: Any, where: str, dropped: List[str]) -> Any:
@@ -114,7 +117,7 @@ def main(argv=None) -> None:
         data = plain(upgrade(read_file(args.old), args.old), "", dropped)
         content = encode(data)
         write_atomically(args.new, lambda file: file.write(content))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         sys.exit(f"error: {error}")
     if dropped:
         logger.warning("left out, of types that are no plain data: %s", ", ".join(dropped))
