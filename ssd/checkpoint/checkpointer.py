@@ -177,7 +177,7 @@ class SSDCheckpointer(DetectionCheckpointer):
             return state
         cls, box = next(iter(pairs.items()))
         num_source, num_target = count_classes(state, cls, box), cfg.MODEL.SSD.NUM_CLASSES
-        source = source or known_classes(num_source)
+        source = source if source and len(source) == num_source else known_classes(num_source)
         if cfg.MODEL.SSD.CLASS_MAP:
             rows = parse_class_map(cfg.MODEL.SSD.CLASS_MAP, source, num_source, num_target)
         else:

@@ -64,9 +64,9 @@ class Detector(NamedTuple):
 def read_ours(path: str, input_format: str = "", averaged: bool = False) -> Detector:
     """A file of any lineage, by our names and for RGB images.
 
-    qfgaohao's MobileNetV2 has biases in front of BatchNorm that ours hasn't: they go into its
-    means. A classifier's first layer is scaled to MODEL.PIXEL_STD 1. What is neither the network's
-    nor of use to another project, such as an optimizer, is in ``rest``.
+    Biases in front of BatchNorm, which ours hasn't, go into its means: qfgaohao's MobileNetV2,
+    the only one of them that can be written, gets zeros for them. A classifier's first layer is
+    scaled to MODEL.PIXEL_STD 1. What else the file holds, such as an optimizer, is in ``rest``.
 
     Args:
         input_format: the channels' order that the weights were trained with, if it isn't their

@@ -23,7 +23,7 @@ SMALL = """MODEL.DEVICE cpu MODEL.WEIGHTS '' MODEL.SSD.INPUT_SIZE [96,96] MODEL.
     MODEL.SSD.EXTRA_LAYERS [[16,32,3,2,1]] MODEL.SSD.DEFAULT_BOXES.STEPS []
     MODEL.SSD.DEFAULT_BOXES.MIN_SIZES [24.0,48.0,72.0] MODEL.SSD.DEFAULT_BOXES.MAX_SIZE 96.0
     MODEL.SSD.DEFAULT_BOXES.ASPECT_RATIOS [[2.0],[2.0],[2.0]]""".split()
-LITE = "MODEL.MOBILENET.WIDTH_MULT 0.25".split()
+LITE = "MODEL.SSD.IN_FEATURES ['stage2','stage3']".split()
 
 
 def make_model(*opts, base="ssdlite_mobilenetv2", seed=0):
@@ -44,6 +44,15 @@ def log(caplog):
     for logger in loggers:
         logger.removeHandler(caplog.handler)
         logger.setLevel("NOTSET")
+
+
+def copied(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def others(model):
+    """Other values for each of its parameters."""
+    return {name: x + 1 for name, x in model.state_dict().items()}
 
 
 def same(first, second):
@@ -166,7 +175,7 @@ def test_mmdetections_averages_are_those_that_it_evaluates(tmp_path, golden_name
 
 def test_another_class_count_in_training_keeps_the_rest_and_says_so(tmp_path, log):
     source, target = make_model(), make_model("MODEL.SSD.NUM_CLASSES", "5", seed=1)
-    fresh = {name: x.clone() for name, x in target.state_dict().items()}
+    fresh = copied(target)
     SSDCheckpointer(source, str(tmp_path)).save("model")
     SSDCheckpointer(target).load(str(tmp_path / "model.pth"))
     for name, value in target.state_dict().items():
@@ -214,7 +223,8 @@ def test_a_missing_weight_in_evaluation_is_named(tmp_path):
     "prefix", ["module.", "module.1.", "_orig_mod.", "model.", "_orig_mod.module."]
 )
 def test_names_of_a_wrapped_model(tmp_path, prefix):
-    model, source = make_model(), make_model(seed=1).state_dict()
+    model = make_model()
+    source = others(model)
     torch.save({"model": {prefix + n: x for n, x in source.items()}}, tmp_path / "model.pth")
     SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
     assert same(model.state_dict(), source)
@@ -222,7 +232,8 @@ def test_names_of_a_wrapped_model(tmp_path, prefix):
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net"])
 def test_weights_by_any_usual_key(tmp_path, key):
-    model, source = make_model(), make_model(seed=1).state_dict()
+    model = make_model()
+    source = others(model)
     torch.save({key: source, "epoch": 3}, tmp_path / "model.pth")
     result = SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
     assert same(model.state_dict(), source) and result == {"epoch": 3}
@@ -231,8 +242,8 @@ def test_weights_by_any_usual_key(tmp_path, key):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_parameter_that_is_not_finite_is_an_error(tmp_path, strict, value):
-    model, state = make_model(), make_model(seed=1).state_dict()
-    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model = make_model()
+    state, before = others(model), copied(model)
     state["head.box_predictors.1.1.bias"][2] = value
     torch.save({"model": state}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS.*head\.box_predictors\.1\.1\.bias.*NaN"):
@@ -241,7 +252,8 @@ def test_a_parameter_that_is_not_finite_is_an_error(tmp_path, strict, value):
 
 
 def test_nan_in_what_is_not_used_is_no_error(tmp_path):
-    model, source = make_model(), make_model(seed=1).state_dict()
+    model = make_model()
+    source = others(model)
     state = {**source, "teacher.weight": torch.full((3,), float("nan"))}
     torch.save({"model": state}, tmp_path / "model.pth")
     SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
@@ -249,7 +261,8 @@ def test_nan_in_what_is_not_used_is_no_error(tmp_path):
 
 
 def test_weights_without_a_dictionary_around(tmp_path):
-    model, source = make_model(), make_model(seed=1).state_dict()
+    model = make_model()
+    source = others(model)
     torch.save(source, tmp_path / "model.pth")
     SSDCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
     assert same(model.state_dict(), source)
@@ -304,7 +317,7 @@ def test_broken_file_is_one_clear_error(tmp_path, kind):
     path = tmp_path / "model.pth"
     path.write_bytes(BROKEN[kind])
     model = make_model()
-    before = {name: x.clone() for name, x in model.state_dict().items()}
+    before = copied(model)
     with pytest.raises(ValueError, match=r"^MODEL\.WEIGHTS .*model\.pth") as error:
         SSDCheckpointer(model).load(str(path))
     assert "weights_only" not in str(error.value), "advises to read it unsafely"
@@ -411,7 +424,7 @@ def assert_rows(model, source, fresh, rows):
             name = f"head.cls_predictors.{level}.1"
             actual, theirs, own = (by_class(x, name, leaf) for x in (state, source, fresh))
             for cls, row in enumerate([*rows, BACKGROUND]):
-                index = cls if row != BACKGROUND else BACKGROUND
+                index = BACKGROUND if row == BACKGROUND else cls
                 expected = own[:, index] if row is None else theirs[:, row]
                 assert torch.equal(actual[:, index], expected), (name, leaf, cls)
     of_classes = re.compile(r"head\.cls_predictors\.\d\.1\.")
@@ -435,10 +448,6 @@ def classed(register):
         return cfg, model
 
     return make
-
-
-def copied(model):
-    return {name: x.clone() for name, x in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", FINE_TUNED)
@@ -514,13 +523,15 @@ def test_evaluation_maps_no_classes(tmp_path, classed, class_map):
     assert same(model.state_dict(), source.state_dict())
 
 
-@pytest.mark.parametrize("classes", [["a", "b"], 3, "abc", [1, 2, 3], {"a": 1}])
-def test_class_names_that_do_not_fit_the_file_are_not_used(tmp_path, classed, classes):
-    cfg, source = classed("abc")
+@pytest.mark.parametrize("classes", [["a", "b"], list("dbca"), 3, "abc", [1, 2, 3], {"a": 1}])
+def test_class_names_that_do_not_fit_the_file_are_not_used(tmp_path, classed, log, classes):
+    cfg, model = classed("ab")
+    fresh = copied(model)
+    _, source = classed("abc", 1)
     torch.save({"model": source.state_dict(), "classes": classes}, tmp_path / "model.pth")
-    cfg, model = classed("xba", 1)
     SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
-    assert same(model.state_dict(), source.state_dict())
+    name = "head.cls_predictors.0.1.bias"
+    assert torch.equal(model.state_dict()[name], fresh[name]) and name in log.text
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -528,8 +539,8 @@ def test_vocs_classes_start_from_cocos(tmp_path, golden_names, log, named):
     """MMDetection's file with names of classes; or without: 80 are COCO's."""
     state = mmdetections(golden_names("ssdlite"))
     source = [f"class {number}" for number in range(80)]
-    for voc, coco in ((0, 4), (19, 62), (6, 2), (14, 0)):
-        source[coco] = ("aeroplane", "TV", "car", "person")[(0, 19, 6, 14).index(voc)]
+    for coco, name in ((4, "aeroplane"), (62, "TV"), (2, "car"), (0, "person")):
+        source[coco] = name
     meta = {"CLASSES": tuple(source)} if named else {}
     torch.save({"state_dict": state, "meta": meta}, tmp_path / "ssdlite.pth")
     opts = ["MODEL.DEVICE", "cpu", "MODEL.SSD.NUM_CLASSES", 20]

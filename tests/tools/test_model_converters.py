@@ -142,6 +142,29 @@ def test_convert_takes_averaged_weights_and_turns_channels(tmp_path, convert, ca
     assert refused == f"error: {path} holds no averaged weights (SOLVER.EMA)"
 
 
+def test_convert_of_a_classifier_says_what_its_first_layer_is_for(tmp_path, convert, capsys):
+    theirs = {
+        "features.0.0.weight": torch.ones(2, 3, 1, 1),
+        "features.0.1.running_var": torch.ones(2),
+    }
+    theirs["features.0.1.running_mean"] = torch.zeros(2)
+    theirs.update(
+        {"features.18.0.weight": torch.ones(2, 2, 1, 1), "classifier.1.bias": torch.ones(2)}
+    )
+    theirs["features.1.conv.0.0.weight"] = torch.ones(2, 1, 1, 1)
+    source, target = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    torch.save(theirs, source)
+    convert([source, target, "--to", "detectron2"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"Found torchvision's mobilenet_v2; wrote detectron2 to {target}",
+        "Its first layer is for RGB in [0, 255] and MODEL.PIXEL_STD [1.0, 1.0, 1.0]",
+    ]
+    state, first = read(target)["model"], "backbone.bottom_up.conv1."
+    assert set(state) > {first + "weight"} and not any("classifier" in name for name in state)
+    std = state[first + "norm.running_var"][0].sqrt() / state[first + "weight"][0].flatten()
+    torch.testing.assert_close(std, 255 * torch.tensor([0.229, 0.224, 0.225]))
+
+
 def test_convert_never_writes_over_what_it_reads(tmp_path, convert, new_state):
     path, link = tmp_path / "new.pth", tmp_path / "link.pth"
     torch.save({"state_dict": new_state}, path)

@@ -34,6 +34,8 @@ def convert(source: str, target: str, args: argparse.Namespace) -> None:
         mean, std = values["MODEL.PIXEL_MEAN"], values["MODEL.PIXEL_STD"]
         lab = f"default boxes as in labs/{weights.lab}{opts}"
         print(f"It needs RGB in [0, 255] minus {mean}, divided by {std}; {lab}")
+    elif detector.lineage.input_std:
+        print("Its first layer is for RGB in [0, 255] and MODEL.PIXEL_STD [1.0, 1.0, 1.0]")
 
 
 def main(argv=None) -> None:
