@@ -103,8 +103,10 @@ def identify(checkpoint: Dict[str, Any]) -> Tuple[State, Optional[Lineage]]:
         state = {k: torch.as_tensor(x) for k, x in convert_c2_detectron_names(state)[0].items()}
     meta = {"__author__": author, **_as_dict(checkpoint.get("meta"))}
     lineage = recognise(state, meta)
-    if lineage and checkpoint.get("format") in ("BGR", "RGB"):  # in some of Detectron2's .pkl files
-        lineage = replace(lineage, input_format=checkpoint["format"])
+    order = checkpoint.get("format")  # in some of Detectron2's .pkl files
+    if lineage and order in ("BGR", "RGB") and order != lineage.input_format:
+        std = lineage.input_std and lineage.input_std[::-1]
+        lineage = replace(lineage, input_format=order, input_std=std)
     return state, lineage
 
 
