@@ -47,9 +47,10 @@ def test_published_are_the_papers_result_and_the_labs_first_weights(tool):
     assert text.startswith("26.8 AP, COCO test-dev (paper); [27.2 AP, COCO val2017](http://")
     assert text.endswith(" (`ssd512_coco_detectron2_fork`)")
     text = tool.published("ssd_vgg16_size512_voc0712")
-    weights = PUBLISHED["ssd512_voc0712_caffe"]
+    weights = PUBLISHED["ssd512_voc0712_lufficc"]
     assert text == (
-        f"[{weights.result}]({weights.url}) (`ssd512_voc0712_caffe`); [1 more](docs/checkpoints.md)"
+        f"79.8 mAP, VOC2007 test (paper); [{weights.result}]({weights.url}) "
+        "(`ssd512_voc0712_lufficc`); [1 more](docs/checkpoints.md)"
     )
     assert tool.published("quickstart") == ""
 
