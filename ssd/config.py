@@ -180,6 +180,9 @@ def _add_input_keys(cfg: CN) -> None:
 
 
 def _add_run_keys(cfg: CN) -> None:
+    # torch.compile for the network, in training and inference: the first iteration takes minutes
+    # on GPUs, half a minute on CPUs. What it can't compile runs as it is, with a warning.
+    cfg.MODEL.COMPILE = False
     # Data sets named in YAML: {name: {FORMAT: coco | voc | shapes, ROOT: …, …}}; the keys of an
     # entry are those of ssd.data.datasets.register_datasets.
     cfg.DATASETS.REGISTER = CN(new_allowed=True)
@@ -204,6 +207,9 @@ def _add_run_keys(cfg: CN) -> None:
 
     cfg.TEST.EVALUATORS = ["coco"]  # "coco" (AP …) and/or "voc" (mAP, 11-point and area)
     cfg.TEST.IMS_PER_BATCH = 8  # of each process
+    # The network's in evaluations and in ssd.Predictor: "float32", or by autocast "bfloat16", or
+    # "float16" on GPUs.
+    cfg.TEST.DTYPE = "float32"
     cfg.TEST.BEST_METRIC = ""  # e.g. "bbox/AP50": keep model_best.pth by this metric
     cfg.TEST.VIS_IMAGES = 0  # this many pictures of detections go to OUTPUT_DIR/detections
 

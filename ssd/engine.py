@@ -35,6 +35,7 @@ from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.data.mapper import read_image
 from ssd.evaluation import build_evaluator
 from ssd.hooks import BestCheckpoint, GracefulStop, WeightAverage
+from ssd.inference import compile_network, optimize
 from ssd.solver import build_lr_scheduler, schedule_in_iterations
 
 __all__ = ["Trainer", "argument_parser", "draw_detections", "launch", "setup"]
@@ -153,6 +154,8 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         ema = cfg.SOLVER.EMA
         self._average = WeightAverage(model, ema.DECAY) if ema.ENABLED else None
+        if cfg.MODEL.COMPILE:
+            compile_network(model)
         # not given, Detectron2 would pass device ids, which fails on CPUs
         kwargs = {} if model.device.type == "cuda" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **kwargs)
@@ -218,7 +221,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         check_class_count(cfg)
-        return super().test(cfg, model, evaluators)
+        return super().test(cfg, optimize(model, cfg), evaluators)
 
 
 def _check_best_metric(cfg) -> None:

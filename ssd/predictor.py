@@ -13,6 +13,7 @@ from detectron2.structures import Instances
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.checkpoint.classes import known_classes
+from ssd.inference import optimize
 
 __all__ = ["Predictor"]
 
@@ -22,7 +23,7 @@ class Predictor(DefaultPredictor):
 
     Attributes:
         cfg: a copy of the config.
-        model: in evaluation mode.
+        model: in evaluation mode, see :func:`ssd.inference.optimize`.
         metadata: of ``DATASETS.TEST``'s first data set, if there is one; with COCO's or VOC's class
             names where it has none yet.
 
@@ -44,8 +45,9 @@ class Predictor(DefaultPredictor):
             cfg = model_zoo.get_config(cfg, trained=True)
         # Not DefaultPredictor's: its checkpointer reads no other lineage's files.
         self.cfg = cfg.clone()
-        self.model = build_model(self.cfg).eval()
-        SSDCheckpointer(self.model, cfg=self.cfg, strict=True).load(cfg.MODEL.WEIGHTS)
+        model = build_model(self.cfg)
+        SSDCheckpointer(model, cfg=self.cfg, strict=True).load(cfg.MODEL.WEIGHTS)
+        self.model = optimize(model.eval(), self.cfg)
         if cfg.DATASETS.TEST:
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
             if not self.metadata.get("thing_classes"):  # as long as its JSON isn't read

@@ -1,6 +1,6 @@
 """SSD: Single Shot MultiBox Detector (arXiv 1512.02325)."""
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,10 @@ class SSD(DenseDetector):
 
     Attributes:
         default_boxes: (R, 4) XYXY in pixels of the network's input.
+        inference_dtype: of the network in evaluation mode, by autocast; None: that of its weights.
     """
+
+    inference_dtype: Optional[torch.dtype] = None
 
     @configurable
     def __init__(
@@ -152,6 +155,12 @@ class SSD(DenseDetector):
             "bbox_reg_weights": ssd.BBOX_REG_WEIGHTS,
             "channels_last": ssd.CHANNELS_LAST,
         }
+
+    def forward(self, batched_inputs: List[Dict]):
+        if self.training or self.inference_dtype is None:
+            return super().forward(batched_inputs)
+        with torch.autocast(self.device.type, self.inference_dtype):
+            return super().forward(batched_inputs)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Resizes where needed, batches and normalises; keeps the sizes of the given images."""

@@ -1,0 +1,131 @@
+"""What inference does to a model changes its speed, not its results."""
+
+import pytest
+import torch
+from detectron2.layers import Conv2d
+from detectron2.modeling import build_model
+from torch import nn
+
+from ssd import model_zoo
+from ssd.config import load_config
+from ssd.engine import Trainer
+from ssd.inference import fold_batch_norm, optimize
+
+LABS = {
+    "ssdlite_mobilenetv2_size320_600e": "MODEL.MOBILENET.WIDTH_MULT 0.25",
+    "ssdlite_mobilenetv3_size320_voc0712": "MODEL.MOBILENET.WIDTH_MULT 0.25",
+    "ssd_resnet50_size300": "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64",
+}
+
+
+def make(lab, *opts):
+    """(config, model in evaluation mode) with BatchNorm statistics that matter."""
+    small = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *LABS.get(lab, "").split()]
+    cfg = load_config(model_zoo.get_config_file(lab), [*small, *opts])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(std=0.1)
+    return cfg, model.eval()
+
+
+def outputs(model, dtype=torch.float64):
+    image = torch.rand(1, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, deltas = model.to(dtype).head(list(model.backbone(image.to(dtype)).values()))
+    return [*logits, *deltas]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("lab", LABS)
+def test_folded_network_has_the_same_outputs(lab, frozen):
+    opts = "MODEL.RESNETS.NORM FrozenBN MODEL.MOBILENET.NORM FrozenBN MODEL.SSD.NORM FrozenBN"
+    cfg, model = make(lab, *(opts.split() if frozen else []))
+    fast = optimize(model, cfg)
+    left = [x for x in fast.modules() if isinstance(x, Conv2d) and x.norm is not None]
+    assert not left and fast is not model and not fast.training
+    before = model.state_dict()
+    for expected, actual in zip(outputs(model), outputs(fast), strict=True):
+        assert expected.abs().mean() > 1e-3, "something must be seen"
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().mean())
+    assert before.keys() == model.state_dict().keys(), "the trained model stays as it is"
+
+
+def test_folding_keeps_the_memory_format():
+    _, model = make("ssdlite_mobilenetv2_size320_600e")
+    fold_batch_norm(model)
+    weight = model.backbone.bottom_up.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_without_norm_is_not_copied():
+    cfg, model = make("ssd_vgg16_size300_120e")
+    assert optimize(model.train(), cfg) is model and model.training
+    wrapped = nn.Module()
+    wrapped.module = model  # as DistributedDataParallel has it
+    assert optimize(wrapped, cfg) is model
+    assert optimize(other := nn.BatchNorm2d(3), cfg) is other
+
+
+def detections(model, size=(96, 96)):
+    image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model([{"image": image.to(torch.uint8)}])[0]["instances"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_detections_in_each_type(tiny_cfg, dtype):
+    cfg = tiny_cfg("TEST.DTYPE", dtype, "MODEL.SSD.SCORE_THRESH_TEST", "0.1")
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    expected, actual = detections(model), detections(optimize(model, cfg))
+    assert len(expected) > 20 and actual.scores.dtype == torch.float32
+    scores = [x.scores[: min(len(expected), len(actual))] for x in (expected, actual)]
+    tolerance = 1e-6 if dtype == "float32" else 0.01
+    torch.testing.assert_close(*scores, rtol=0, atol=tolerance)
+    assert (dtype == "bfloat16") == (not torch.equal(*scores)) or dtype == "float32"
+    # training isn't in that type
+    assert optimize(model, cfg).inference_dtype == (None if dtype == "float32" else torch.bfloat16)
+    assert model.inference_dtype is None
+
+
+def test_an_unknown_type_names_the_key(tiny_cfg):
+    cfg = tiny_cfg("TEST.DTYPE", "half")
+    with pytest.raises(ValueError, match="TEST.DTYPE: one of .*'half'"):
+        optimize(build_model(cfg), cfg)
+
+
+def test_evaluation_uses_it_and_training_goes_on(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg("TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "3")
+    trainer = Trainer(cfg)
+    seen = []
+    monkeypatch.setattr(
+        "ssd.engine.optimize", lambda model, cfg: seen.append(optimize(model, cfg)) or seen[-1]
+    )
+    trainer.train()
+    assert len(seen) == 2 and trainer.model.training
+    assert all(x.norm is None for x in seen[0].modules() if isinstance(x, Conv2d))
+
+
+def test_compiled_network_has_the_same_detections(tiny_cfg):
+    """Needs a C++ compiler; without one torch runs the network as it is, and says so."""
+    few_layers = (
+        "MODEL.SSD.BOTTOM_UP build_mobilenetv1_backbone MODEL.SSD.HEAD conv "
+        "MODEL.SSD.EXTRA_BLOCK conv MODEL.SSD.IN_FEATURES ['stage1'] MODEL.SSD.EXTRA_LAYERS [] "
+        "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES [16.0] MODEL.SSD.DEFAULT_BOXES.ASPECT_RATIOS [[2.0]]"
+    )
+    cfg = tiny_cfg(
+        "MODEL.COMPILE", "True", "MODEL.SSD.SCORE_THRESH_TEST", "0.1", *few_layers.split()
+    )
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    fast = optimize(model, cfg)
+    assert fast.backbone._compiled_call_impl is not None
+    expected, actual = detections(model), detections(fast)
+    assert len(expected) == len(actual) > 20
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-5)
+    assert model.backbone._compiled_call_impl is None
