@@ -1,5 +1,6 @@
 """Training and evaluation: Detectron2's DefaultTrainer with what SSD's recipes need."""
 
+import inspect
 import logging
 import math
 import os
@@ -160,8 +161,10 @@ class Trainer(DefaultTrainer):
         kwargs = {} if model.device.type == "cuda" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **kwargs)
         self._trainer = TrainingStep(
-            model, data_loader, optimizer, cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else ""
-        )
+            model, data_loader, optimizer,
+            amp_dtype=cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else "",
+            late=optimizer.defaults.get("fused", False),
+        )  # fmt: skip
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SSDCheckpointer(
             model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
@@ -181,6 +184,24 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self._trainer.data_loader.sampler.start_iter = self.start_iter
+
+    def after_train(self) -> None:
+        if self.iter >= self.max_iter:  # not after a failure
+            self._trainer.flush()
+        super().after_train()
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """Detectron2's SGD, on GPUs as one kernel for all parameters."""
+        optimizer = super().build_optimizer(cfg, model)
+        has_fused = "fused" in inspect.signature(torch.optim.SGD).parameters  # torch >= 2.3
+        if next(model.parameters()).device.type != "cuda" or not has_fused:
+            return optimizer
+        groups = [
+            {k: x for k, x in group.items() if k not in ("foreach", "fused")}
+            for group in optimizer.param_groups
+        ]
+        return type(optimizer)(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
 
     def build_hooks(self) -> List[HookBase]:
         ret = super().build_hooks()
@@ -250,10 +271,18 @@ def _scale_learning_rate(cfg):
 
 
 class TrainingStep(SimpleTrainer):
-    """SimpleTrainer with automatic mixed precision on any device, and a check of the losses."""
+    """SimpleTrainer with automatic mixed precision on any device, and a check of the losses.
 
-    def __init__(self, model, data_loader, optimizer, amp_dtype: str = ""):
-        """``amp_dtype``: "bfloat16", "float16" (with loss scaling, CUDA only), or "" for none."""
+    On CPUs losses are checked before the update. On GPUs the host would have to wait for them: so a
+    non-finite loss masks its own update on the device, and is reported a step later.
+    """
+
+    def __init__(self, model, data_loader, optimizer, amp_dtype: str = "", late: bool = False):
+        """
+        Args:
+            amp_dtype: "bfloat16", "float16" (with loss scaling, CUDA only), or "" for none.
+            late: report losses a step later; needs an optimizer with ``fused=True``.
+        """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
         if amp_dtype not in ("", "bfloat16", "float16"):
@@ -263,6 +292,8 @@ class TrainingStep(SimpleTrainer):
         self.amp_dtype = getattr(torch, amp_dtype) if amp_dtype else None
         scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # before torch 2.3
         self.grad_scaler = scaler(enabled=amp_dtype == "float16")
+        self._late = late
+        self._unreported = None
 
     def run_step(self) -> None:
         start = time.perf_counter()
@@ -273,13 +304,26 @@ class TrainingStep(SimpleTrainer):
             losses = self.model(data)
         self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
-        # the step's one host-device synchronisation, after the backward pass has been queued
-        values = torch.stack([value.detach() for value in losses.values()]).cpu()
-        losses = dict(zip(losses, values))
-        check_finite(losses, self.iter, data)
-        self._write_metrics(losses, data_time)
+        report = _LossReport(losses, self.iter, data_time, data)
+        if self._late:
+            report, self._unreported = self._unreported, report
+            if not self.grad_scaler.is_enabled():  # it masks what isn't finite, too
+                self.optimizer.found_inf = self._unreported.is_not_finite()
+        if report:
+            self._write(report)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def flush(self) -> None:
+        """Reports the last step's losses, if they are late."""
+        report, self._unreported = self._unreported, None
+        if report:
+            self._write(report)
+
+    def _write(self, report: "_LossReport") -> None:
+        losses = report.values()
+        check_finite(losses, report.iteration, report.files)
+        self._write_metrics(losses, report.data_time, iter=report.iteration)
 
     def state_dict(self) -> Dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
@@ -289,13 +333,42 @@ class TrainingStep(SimpleTrainer):
         self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
 
 
-def check_finite(losses: Dict[str, Tensor], iteration: int, data: List[Dict]) -> None:
+class _LossReport:
+    """A step's losses on their way to the host."""
+
+    def __init__(self, losses: Dict[str, Tensor], iteration: int, data_time: float, data: List):
+        self._names = list(losses)
+        self._on_device = torch.stack([value.detach() for value in losses.values()])
+        self.iteration, self.data_time = iteration, data_time
+        self.files = [x.get("file_name") for x in data]
+        self._copied = None
+        if self._on_device.is_cuda:
+            self._on_host = torch.empty_like(self._on_device, device="cpu", pin_memory=True)
+            self._on_host.copy_(self._on_device, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def values(self) -> Dict[str, Tensor]:
+        if self._copied is None:
+            return dict(zip(self._names, self._on_device))
+        self._copied.synchronize()
+        return dict(zip(self._names, self._on_host))
+
+    def is_not_finite(self) -> Tensor:
+        """1.0 or 0.0 on the device, the same in all processes; a fused optimizer skips a 1.0."""
+        flag = 1 - self._on_device.isfinite().all().float()
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return flag
+
+
+def check_finite(losses: Dict[str, Tensor], iteration: int, files: List[str]) -> None:
     """FloatingPointError with every term, the iteration and the files, if one isn't finite."""
     values = {name: float(value) for name, value in losses.items()}
     if not all(map(math.isfinite, values.values())):
-        files = ", ".join(str(x.get("file_name")) for x in data)
         raise FloatingPointError(
-            f"loss is not finite at iteration {iteration}: {values}; batch: {files}. "
+            f"loss is not finite at iteration {iteration}: {values}; batch: "
+            f"{', '.join(map(str, files))}. "
             "Lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS if the images are fine."
         )
 

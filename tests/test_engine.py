@@ -8,10 +8,11 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
-from ssd.engine import Trainer, argument_parser, draw_detections, launch, setup
+from ssd.engine import Trainer, TrainingStep, argument_parser, draw_detections, launch, setup
 from ssd.hooks import WeightAverage
 
 PLAIN = (
@@ -72,6 +73,57 @@ def test_non_finite_loss_stops_with_terms_iteration_and_files_and_saves_nothing(
     assert "'loss_cls': nan" in text and "'loss_box_reg': nan" in text and "BASE_LR" in text
     assert text.count(str(datasets_folder / "shapes" / "train")) == 4
     assert not saved(cfg) and not os.path.exists(f"{cfg.OUTPUT_DIR}/last_checkpoint")
+
+
+class Line(torch.nn.Module):
+    """Its losses are w · x and w² of the batch's first x."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, data):
+        return {"loss_a": (self.weight * data[0]["x"]).sum(), "loss_b": self.weight.square().sum()}
+
+
+def train_line(values, late):
+    """(TrainingStep, weight after each iteration) of iterations with these x."""
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    loader = [[{"x": x, "file_name": f"{x}.jpg"}] for x in values]
+    step = TrainingStep(model, loader, optimizer, late=late)
+    weights = []
+    with EventStorage() as storage:
+        step._storage = storage
+        for step.iter in range(len(values)):
+            storage.iter = step.iter
+            try:
+                step.run_step()
+            except FloatingPointError as error:
+                return step, weights, storage, str(error)
+            weights.append(float(model.weight))
+        step.flush()
+    return step, weights, storage, None
+
+
+def test_late_losses_are_the_same_and_of_their_iteration():
+    (_, weights, now, _), (_, late_weights, late, _) = (
+        train_line([1.0, 2.0, 3.0], late) for late in (False, True)
+    )
+    assert weights == late_weights
+    for name in ("loss_a", "loss_b", "total_loss"):
+        assert now.history(name).values() == late.history(name).values()
+        assert len(late.history(name).values()) == 3
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_non_finite_loss_never_reaches_the_weights(late):
+    step, weights, storage, error = train_line([1.0, float("inf"), 1.0], late)
+    _, expected, _, _ = train_line([1.0], late)
+    assert "not finite at iteration 1" in error and "inf.jpg" in error
+    assert weights == expected * (2 if late else 1), "late: the masked update changes nothing"
+    assert float(step.model.weight) == expected[0]
+    assert len(storage.history("loss_a").values()) == 1
 
 
 def test_exploding_loss_stops_a_run(tiny_cfg):

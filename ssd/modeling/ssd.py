@@ -11,6 +11,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ssd.modeling.blocks import pad_as_tensorflow
 from ssd.modeling.default_boxes import DefaultBoxGenerator
@@ -157,22 +158,27 @@ class SSD(DenseDetector):
         }
 
     def forward(self, batched_inputs: List[Dict]):
-        if self.training or self.inference_dtype is None:
+        if self.training:
+            images = self.preprocess_image(batched_inputs)
+            features = self.backbone(images.tensor)
+            features = [features[name] for name in self.head_in_features]
+            gt_instances = [x["instances"] for x in batched_inputs]
+            return self.forward_training(images, features, self.head(features), gt_instances)
+        if self.inference_dtype is None:
             return super().forward(batched_inputs)
         with torch.autocast(self.device.type, self.inference_dtype):
             return super().forward(batched_inputs)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Resizes where needed, batches and normalises; keeps the sizes of the given images."""
-        images = [self._move_to_current_device(x["image"]) for x in batched_inputs]
+        images = [x["image"] for x in batched_inputs]
         sizes = [tuple(image.shape[-2:]) for image in images]
-        images = [
-            image if size == self.input_size else self._resize(image)
-            for image, size in zip(images, sizes)
-        ]
+        if any(size != self.input_size for size in sizes):
+            images = [self._resize(image) for image in images]
         if len({image.dtype for image in images}) > 1:
             images = [image.float() for image in images]
-        batch = (torch.stack(images) - self.pixel_mean) / self.pixel_std
+        batch = torch.stack(images).to(self.device, non_blocking=True)  # one copy, not one each
+        batch = (batch - self.pixel_mean) / self.pixel_std
         return ImageList(batch.contiguous(memory_format=self.memory_format), sizes)
 
     def forward_training(
@@ -250,26 +256,30 @@ class SSD(DenseDetector):
 
     def _pad_ground_truth(self, gt_instances: List[Instances]) -> Tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, M, 4) in pixels of the network's input, classes (N, M), validity (N, M)."""
-        shape = (len(gt_instances), max(1, *(len(x) for x in gt_instances)))
-        boxes = self.default_boxes.new_zeros(*shape, 4)
-        classes = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        valid = torch.zeros(shape, dtype=torch.bool, device=self.device)
         height, width = self.input_size
-        for i, x in enumerate(gt_instances):
-            scale = (width / x.image_size[1], height / x.image_size[0])
-            boxes[i, : len(x)] = x.gt_boxes.tensor * boxes.new_tensor(scale * 2)
-            classes[i, : len(x)] = x.gt_classes
-            valid[i, : len(x)] = True
+        scales = [(width / x.image_size[1], height / x.image_size[0]) * 2 for x in gt_instances]
+        # padded where they are, on the host: the device gets three tensors, whatever N
+        boxes = pad_sequence([x.gt_boxes.tensor for x in gt_instances], batch_first=True)
+        classes = pad_sequence([x.gt_classes for x in gt_instances], batch_first=True)
+        counts = torch.tensor([len(x) for x in gt_instances], device=boxes.device)
+        if not boxes.shape[1]:
+            boxes, classes = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1))
+        boxes = boxes.to(self.default_boxes.dtype) * boxes.new_tensor(scales)[:, None]
+        valid = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
         valid &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)  # False for NaN
-        return boxes, classes, valid
+        return tuple(x.to(self.device, non_blocking=True) for x in (boxes, classes, valid))
 
     def _resize(self, image: Tensor) -> Tensor:
-        """(C, H, W) to the network's input size: bilinear without antialiasing, float32."""
+        """(C, H, W), of another size, to the network's input size on the model's device: bilinear
+        without antialiasing, float32."""
+        if image.shape[-2:] == self.input_size:
+            return self._move_to_current_device(image)
         if 0 in image.shape:
             raise ValueError(f"the image is empty: (channels, height, width) {tuple(image.shape)}")
         return F.interpolate(
-            image[None].float(), self.input_size, mode="bilinear", align_corners=False
-        )[0]
+            self._move_to_current_device(image)[None].float(),
+            self.input_size, mode="bilinear", align_corners=False,
+        )[0]  # fmt: skip
 
     def _feature_map_sizes(self) -> List[Tuple[int, int]]:
         """(height, width) of each level's map, from a run without data (torch's meta device)."""
