@@ -87,7 +87,7 @@ def _bipartite(iou: Tensor) -> Tuple[Tensor, Tensor]:
         iou_taken[images, gt] = torch.where(free, value, iou_taken[images, gt])
         used = (candidates == box[:, None, None]) & free[:, None, None]
         iou = iou.masked_fill(used, -1.0)
-        iou[images, gt] = -1.0
+        iou[images, gt] = iou.new_full((), -1.0)
     return taken, iou_taken
 
 
@@ -101,7 +101,8 @@ def encode_boxes(boxes: Tensor, default_boxes: Tensor, weights: Sequence[float])
     default_size = default_boxes[:, 2:] - default_boxes[:, :2]
     shift = (center - default_center) / default_size
     scale = torch.log(size / default_size)
-    return torch.cat([shift, scale], dim=-1) * shift.new_tensor(weights)
+    weights = torch.as_tensor(weights, dtype=shift.dtype, device=shift.device)
+    return torch.cat([shift, scale], dim=-1) * weights
 
 
 def mine_hard_negatives(

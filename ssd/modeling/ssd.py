@@ -79,9 +79,10 @@ class SSD(DenseDetector):
         self.input_format = input_format
         self.num_classes = head.num_classes
         self.matching, self.loss, self.loss_normalizer = matching, loss, loss_normalizer
-        self.box_weight, self.detection, self.bbox_reg_weights = (
-            box_weight, detection, list(bbox_reg_weights)
-        )  # fmt: skip
+        self.box_weight, self.detection = box_weight, detection
+        # on the device: a list would have to be copied there in each step
+        weights = torch.tensor(bbox_reg_weights)
+        self.register_buffer("bbox_reg_weights", weights, persistent=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
