@@ -1,6 +1,7 @@
 """COCO's and Pascal VOC's average precision on any data set that is registered."""
 
 import itertools
+import json
 import logging
 import os
 from typing import Optional
@@ -10,13 +11,17 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
+from pycocotools.cocoeval import COCOeval
 
 from ssd.data.datasets import read_voc, xyxy_boxes
 
-__all__ = ["COCOBoxEvaluator", "VOCEvaluator", "build_evaluator"]
+__all__ = ["BoxEval", "COCOBoxEvaluator", "VOCEvaluator", "build_evaluator"]
 
 logger = logging.getLogger(__name__)
+
+_CELL_ELEMENTS = 2_000_000  # of an array in BoxEval: bounds its memory
 
 
 def build_evaluator(
@@ -42,7 +47,7 @@ def build_evaluator(
 
 
 class COCOBoxEvaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator for boxes, plus ``AP50-<class>``, for any data set.
+    """Detectron2's COCOEvaluator for boxes, by :class:`BoxEval`, plus ``AP50-<class>``.
 
     Unlike the stock class it converts a data set that isn't in COCO's format anew each time, takes
     JSON files whose annotations lack ``iscrowd`` (0) or ``area`` (the box's), and ignores
@@ -59,7 +64,7 @@ class COCOBoxEvaluator(COCOEvaluator):
             dataset_name,
             tasks=("bbox",),
             output_dir=output_folder,
-            use_fast_impl=_has_compiled_cocoeval(),
+            use_fast_impl=False,
             allow_cached_coco=not comm.is_main_process(),  # which alone evaluates
         )
         if not in_coco_format:
@@ -67,6 +72,31 @@ class COCOBoxEvaluator(COCOEvaluator):
         for annotation in self._coco_api.anns.values():
             annotation.setdefault("iscrowd", 0)
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+
+    def _eval_predictions(self, predictions, img_ids=None):
+        results = [result for image in predictions for result in image["instances"]]
+        labels = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if labels:
+            category_ids = {label: category_id for category_id, label in labels.items()}
+            for result in results:
+                result["category_id"] = category_ids[result["category_id"]]
+        path = os.path.join(self._output_dir, "coco_instances_results.json")
+        with PathManager.open(path, "w") as file:
+            file.write(json.dumps(results))
+        if not self._do_evaluation:
+            logger.info(f"{path} is written; without annotations there is nothing to evaluate")
+            return
+        coco_eval = None
+        if results:
+            logger.info(f"Evaluating {len(results)} detections with ssd.evaluation's BoxEval")
+            coco_eval = BoxEval(self._coco_api, self._coco_api.loadRes(results), "bbox")
+            if img_ids is not None:
+                coco_eval.params.imgIds = img_ids
+            coco_eval.evaluate()
+            coco_eval.accumulate()
+            coco_eval.summarize()
+        names = self._metadata.get("thing_classes")
+        self._results["bbox"] = self._derive_coco_results(coco_eval, "bbox", class_names=names)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         labels = self._metadata.get("thing_dataset_id_to_contiguous_id")
@@ -83,12 +113,141 @@ class COCOBoxEvaluator(COCOEvaluator):
         return results
 
 
-def _has_compiled_cocoeval() -> bool:
-    try:
-        from detectron2 import _C
-    except ImportError:
-        return False
-    return hasattr(_C, "COCOevalEvaluateImages")
+class BoxEval(COCOeval):
+    """pycocotools' COCOeval of boxes per class, on arrays: equal ``eval`` and ``stats``, no
+    ``evalImgs``.
+
+    A (image, class) with objects is a cell. The detections of all cells that have the same rank
+    find their objects at once, for T IoU thresholds and A area ranges. Of equal scores the earlier
+    image and the earlier detection come first; of equal IoUs the later object is taken.
+    """
+
+    def evaluate(self):
+        p = self.params
+        p.imgIds, p.catIds = list(np.unique(p.imgIds)), list(np.unique(p.catIds))
+        p.maxDets = sorted(p.maxDets)
+        truth, found = self._columns(self.cocoGt, False), self._columns(self.cocoDt, True)
+        found["rank"] = _rank(found["cell"])
+        found = {key: column[found["rank"] < p.maxDets[-1]] for key, column in found.items()}
+        low, high = np.array(p.areaRng, float).T
+        area = truth["area"][:, None]
+        truth["ignored"] = truth["crowd"][:, None] | (area < low) | (area > high)  # (G, A)
+        area = found["area"][:, None]
+        outside = (area < low) | (area > high)  # (D, A)
+        hit, ignored = self._match(truth, found)  # (D, A, T)
+        ignored |= ~hit & outside[:, :, None]
+        self._truth, self._found, self._hit, self._ignored = truth, found, hit, ignored
+
+    def _columns(self, coco, scored: bool) -> dict[str, np.ndarray]:
+        """The annotations as arrays, by class and image, and by falling score if ``scored``."""
+        images = {image: i for i, image in enumerate(self.params.imgIds)}
+        classes = {category: i for i, category in enumerate(self.params.catIds)}
+        rows = [
+            (classes[a["category_id"]], images[a["image_id"]], a["score"] if scored else 0,
+             a["area"], bool(a.get("iscrowd")), bool(a["id"]), *a["bbox"])
+            for a in coco.dataset["annotations"]
+            if a["image_id"] in images and a["category_id"] in classes
+        ]  # fmt: skip
+        table = np.array(rows, float).reshape(-1, 10)
+        cell = (table[:, 0] * len(images) + table[:, 1]).astype(int)
+        order = np.lexsort((-table[:, 2], cell))
+        table, cell = table[order], cell[order]
+        crowd, has_id = table[:, 4:6].T.astype(bool)
+        return {
+            "cell": cell, "class": table[:, 0].astype(int), "score": table[:, 2],
+            "area": table[:, 3], "crowd": crowd, "has_id": has_id, "box": table[:, 6:],
+        }  # fmt: skip
+
+    def _match(self, truth: dict, found: dict) -> tuple[np.ndarray, np.ndarray]:
+        """(D, A, T) which detections find an object, and which of those one that is ignored."""
+        p = self.params
+        shape = len(found["cell"]), len(p.areaRng), len(p.iouThrs)
+        hit, ignored = np.zeros(shape, bool), np.zeros(shape, bool)
+        cells, first, count = np.unique(truth["cell"], return_index=True, return_counts=True)
+        start, stop = (np.searchsorted(found["cell"], cells, side) for side in ("left", "right"))
+        width = 2 ** np.ceil(np.log2(count)).astype(int)  # similar numbers of objects together
+        order = np.lexsort((start - stop, width))  # in a part the cells with most detections first
+        order = order[(stop > start)[order]]
+        for part in np.split(order, np.flatnonzero(np.diff(width[order])) + 1):
+            size = max(1, _CELL_ELEMENTS // (shape[1] * shape[2] * width[part[:1]].max(initial=1)))
+            for chunk in np.array_split(part, len(part) // size + 1):
+                index = first[chunk, None] + np.arange(count[chunk].max(initial=0))
+                index[np.arange(index.shape[1]) >= count[chunk, None]] = -1  # there is none
+                self._match_cells(truth, found, index, start[chunk], stop[chunk], hit, ignored)
+        return hit, ignored
+
+    def _match_cells(self, truth, found, index, start, stop, hit, ignored) -> None:
+        """Of B cells: the indices of their objects (B, G), -1 for none, and of the first detection
+        and that after the last (B,), most detections first. Fills ``hit`` and ``ignored``."""
+        thresholds = np.minimum(self.params.iouThrs, 1 - 1e-10)[:, None]
+        crowd = truth["crowd"][index][:, None, None]  # (B, A, T, G)
+        ignore = truth["ignored"][index].swapaxes(1, 2)[:, :, None]
+        free = np.ones((len(index), ignore.shape[1], len(thresholds), index.shape[1]), bool)
+        for rank in range((stop - start).max(initial=0)):
+            n = int((stop - start > rank).sum())
+            det = start[:n] + rank
+            iou = _coco_iou(found["box"][det, None], truth["box"][index[:n]], crowd[:n, 0, 0])
+            iou = np.where(index[:n] < 0, -1, iou)[:, None, None]
+            able = (free[:n] | crowd[:n]) & (iou >= thresholds)
+            wanted = able & ~ignore[:n]
+            able = np.where(wanted.any(-1, keepdims=True), wanted, able)
+            # of equal ones the last
+            best = able.shape[-1] - 1 - np.where(able, iou, -1)[..., ::-1].argmax(-1)[..., None]
+            some = able.any(-1)
+            free_best = np.take_along_axis(free[:n], best, -1) & ~some[..., None]
+            np.put_along_axis(free[:n], best, free_best, -1)
+            # pycocotools marks a find by the object's id: one with id 0 is none
+            has_id = truth["has_id"][index[:n]][:, None, None]
+            has_id, of_ignored = (
+                np.take_along_axis(np.broadcast_to(x, able.shape), best, -1)[..., 0]
+                for x in (has_id, ignore[:n])
+            )
+            hit[det], ignored[det] = some & has_id, some & of_ignored
+
+    def accumulate(self):
+        p = self.params
+        counts = [len(x) for x in (p.iouThrs, p.recThrs, p.catIds, p.areaRng, p.maxDets)]
+        precision, scores = -np.ones(counts), -np.ones(counts)
+        recall = -np.ones(counts[:1] + counts[2:])
+        classes, score, rank = (self._found[key] for key in ("class", "score", "rank"))
+        for k in range(len(p.catIds)):
+            positives = (~self._truth["ignored"][self._truth["class"] == k]).sum(0)  # (A,)
+            of_class = slice(*np.searchsorted(classes, [k, k + 1]))
+            order = of_class.start + np.argsort(-score[of_class], kind="stable")
+            for m, most in enumerate(p.maxDets):
+                chosen = order[rank[order] < most]
+                hit, counted = self._hit[chosen], ~self._ignored[chosen]
+                for a in np.flatnonzero(positives):
+                    found = (hit[:, a] & counted[:, a]).T.cumsum(1).astype(float)  # (T, D)
+                    false = (~hit[:, a] & counted[:, a]).T.cumsum(1).astype(float)
+                    curve = found / (false + found + np.spacing(1))
+                    curve = np.maximum.accumulate(curve[:, ::-1], 1)[:, ::-1]
+                    reached = found / positives[a]
+                    recall[:, k, a, m] = reached[:, -1] if len(chosen) else 0
+                    for t in range(counts[0]):
+                        at = np.searchsorted(reached[t], p.recThrs, side="left")
+                        at = at[at < len(chosen)]
+                        precision[t, :, k, a, m] = scores[t, :, k, a, m] = 0
+                        precision[t, : len(at), k, a, m] = curve[t, at]
+                        scores[t, : len(at), k, a, m] = score[chosen[at]]
+        self.eval = {
+            "params": p, "counts": counts, "precision": precision, "recall": recall,
+            "scores": scores,
+        }  # fmt: skip
+
+
+def _rank(cell: np.ndarray) -> np.ndarray:
+    """(D,) of sorted numbers: how many before each are equal to it."""
+    return np.arange(len(cell)) - np.searchsorted(cell, cell, "left")
+
+
+def _coco_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """(…) IoU of (…, 4) XYWH boxes; over the area of ``a`` alone where ``b`` is a crowd."""
+    sides = np.minimum(a[..., 2:] + a[..., :2], b[..., 2:] + b[..., :2])
+    sides = (sides - np.maximum(a[..., :2], b[..., :2])).clip(0)
+    overlap, area = sides[..., 0] * sides[..., 1], a[..., 2] * a[..., 3]
+    union = np.where(crowd, area, area + b[..., 2] * b[..., 3] - overlap)
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=overlap > 0)
 
 
 class VOCEvaluator(DatasetEvaluator):

@@ -10,10 +10,13 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from ssd import evaluation
 from ssd.config import add_ssd_config
 from ssd.data.datasets import register_datasets
-from ssd.evaluation import COCOBoxEvaluator, VOCEvaluator, build_evaluator
+from ssd.evaluation import BoxEval, COCOBoxEvaluator, VOCEvaluator, build_evaluator
 
 NAME = "t_evaluation"
 
@@ -186,6 +189,97 @@ def test_voc_against_a_slow_version_and_pycocotools(seed, tmp_path):
     mean = np.mean([coco[f"AP50-{name}"] for name in ("cat", "dog", "cow")])
     assert coco["AP50"] == pytest.approx(mean)
     assert "AP-cat" in coco
+
+
+def coco_of(images, annotations, classes):
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [{"id": i} for i in images],
+        "annotations": annotations,
+        "categories": [{"id": k} for k in classes],
+    }
+    coco.createIndex()
+    return coco
+
+
+def random_coco(seed, images=25, classes=(3, 1, 7, 8), objects=7, detections=12):
+    """Objects of all sizes, some of them crowds, equal or on one another; detections with many
+    equal scores. Class 8 has no object, and the last images have none."""
+    rng = np.random.default_rng(seed)
+    truth, results = [], []
+    names = [f"image {i}" for i in rng.permutation(images)]
+    for number, name in enumerate(names):
+        boxes = []
+        for _ in range(rng.integers(0, objects) if number < images - 3 else 0):
+            boxes.append([*rng.integers(0, 60, 2), *rng.choice([8, 20, 31, 40, 97, 120], 2)])
+            if rng.random() < 0.3:
+                boxes.append(boxes[-1])
+        for box in boxes:
+            box = [float(x) for x in box]
+            area = box[2] * box[3] * rng.choice([1, 0.7])
+            label = int(rng.choice(classes[:3]))
+            crowd = int(rng.random() < 0.15)
+            truth.append({"id": len(truth) + 1, "image_id": name, "category_id": label,
+                          "bbox": box, "area": area, "iscrowd": crowd,
+                          "score": rng.random()})  # fmt: skip
+        for _ in range(rng.integers(0, detections)):
+            box = boxes[rng.integers(len(boxes))] if boxes else [5, 5, 30, 30]
+            box = [float(x) for x in np.add(box, rng.integers(-2, 3, 4) * 2)]
+            results.append({"image_id": name, "category_id": int(rng.choice(classes)),
+                            "bbox": box, "score": float(rng.integers(1, 6) / 5)})  # fmt: skip
+    return coco_of(names, truth, classes), results
+
+
+def compare_with_pycocotools(coco, results, **params):
+    evaluations = []
+    for cls in (COCOeval, BoxEval):
+        evaluations.append(cls(coco, coco.loadRes([dict(result) for result in results]), "bbox"))
+        vars(evaluations[-1].params).update(params)
+        evaluations[-1].evaluate()
+        evaluations[-1].accumulate()
+        if not params:
+            evaluations[-1].summarize()
+    slow, fast = evaluations
+    for key in ("precision", "recall", "scores", "counts"):
+        np.testing.assert_array_equal(fast.eval[key], slow.eval[key])
+    np.testing.assert_array_equal(fast.stats, slow.stats)
+    return fast
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("elements", [1, 2_000_000])
+def test_coco_numbers_are_pycocotools_own(seed, elements, monkeypatch):
+    monkeypatch.setattr(evaluation, "_CELL_ELEMENTS", elements)
+    coco, results = random_coco(seed)
+    stats = compare_with_pycocotools(coco, results).stats
+    assert len(stats) == 12 and 0.02 < stats[0] < 0.9 and len(set(stats)) > 8
+
+
+def test_coco_numbers_in_unusual_cases():
+    coco, results = random_coco(0, images=6, objects=40, detections=900)  # over 100 of a class
+    compare_with_pycocotools(coco, results)
+    compare_with_pycocotools(coco, results, maxDets=[2, 5, 300])
+    compare_with_pycocotools(coco, results, imgIds=["image 3", "image 1"], catIds=[7, 1])
+    compare_with_pycocotools(coco, results, iouThrs=np.array([0.0, 1.0]))
+    compare_with_pycocotools(coco, results[:1])
+    compare_with_pycocotools(coco, [r for r in results if r["category_id"] == 8])  # no object
+    compare_with_pycocotools(coco_of(coco.getImgIds(), [], [1, 8]), results)
+    objects = [dict(a, id=a["id"] - 1) for a in coco.dataset["annotations"]]  # one has id 0
+    compare_with_pycocotools(coco_of(coco.getImgIds(), objects, [1, 3, 7, 8]), results)
+
+
+def test_of_objects_with_equal_iou_the_later_one_is_taken():
+    """The first detection takes the second object, so the second, which equals it, finds none."""
+    annotation = {"image_id": 0, "category_id": 1, "area": 100.0, "iscrowd": 0}
+    boxes = [[0.0, 0, 10, 10], [4.0, 0, 10, 10]]
+    truth = [dict(annotation, id=i + 1, bbox=box) for i, box in enumerate(boxes)]
+    results = [
+        {"image_id": 0, "category_id": 1, "bbox": box, "score": score}
+        for box, score in (([2.0, 0, 10, 10], 0.9), (boxes[1], 0.8))
+    ]
+    fast = compare_with_pycocotools(coco_of([0], truth, [1]), results)
+    assert fast.eval["recall"][0, 0, 0, -1] == 0.5
 
 
 def test_coco_without_detections_or_objects(tmp_path):

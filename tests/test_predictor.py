@@ -80,8 +80,11 @@ def test_averaged_weights_are_taken_as_in_evaluation(cfg, tmp_path):
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.EMA.ENABLED = True
-    for name, value in ssd.Predictor(cfg).model.state_dict().items():
-        assert torch.equal(value, data["ema"][name]), name
+    state = ssd.Predictor(cfg).model.state_dict()
+    names = [name for name in state if name.startswith("head.") and name.endswith(".1.bias")]
+    assert names  # of convolutions without BatchNorm, which isn't folded into them
+    for name in names:
+        assert torch.equal(state[name], data["ema"][name]), name
 
 
 def test_weights_must_be_there_and_fill_the_model(cfg, tmp_path):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import nms
 
 from ssd.modeling.postprocessing import decode_boxes, detect, rank_in_group, select_candidates
 
@@ -45,10 +44,9 @@ def test_unknown_clamp_names_the_key():
 
 
 def test_rank_in_group():
-    scores = torch.tensor([0.1, 0.9, 0.5, 0.4, 0.8])
-    group = torch.tensor([7, 0, 7, 0, 7])
-    assert rank_in_group(scores, group).tolist() == [2, 0, 1, 1, 0]
-    assert rank_in_group(scores[:0], group[:0]).tolist() == []
+    group = torch.tensor([[7, 0, 7, 0, 7], [1, 2, 1, 1, 2]])
+    assert rank_in_group(group).tolist() == [[0, 0, 1, 1, 2], [0, 0, 1, 2, 1]]
+    assert rank_in_group(group[:, :0]).tolist() == [[], []]
 
 
 def groups(kind, boxes=30, classes=4):
@@ -58,17 +56,15 @@ def groups(kind, boxes=30, classes=4):
     return torch.arange(3).repeat_interleave(torch.tensor([18, 9, 3]))[:, None], 3
 
 
-def slow_candidates(scores, group, num_groups, thresh, topk):
-    """Of one image: scores[box][class] and group[box][class]."""
-    chosen = []
-    for number in range(num_groups):
-        pairs = [
-            (score, box, cls)
-            for box, row in enumerate(scores)
-            for cls, score in enumerate(row)
-            if score > thresh and group[box][cls] == number
-        ]
-        chosen += [(box, cls) for _, box, cls in sorted(pairs, reverse=True)[:topk]]
+def slow_candidates(scores, group, thresh, topk):
+    """Of one image: scores[box][class] and group[box][class]; (box, class), best first."""
+    pairs = [(-x, box, cls) for box, row in enumerate(scores) for cls, x in enumerate(row)]
+    chosen, used = [], {}
+    for negative, box, cls in sorted(pairs):
+        number = group[box][cls]
+        if -negative > thresh and used.get(number, 0) < topk:
+            used[number] = used.get(number, 0) + 1
+            chosen.append((box, cls))
     return chosen
 
 
@@ -85,13 +81,15 @@ def random_predictions(num_images=3, boxes=30, classes=4):
 @pytest.mark.parametrize("topk", [1, 5, 1000])
 def test_candidates_equal_a_slow_loop(kind, topk):
     scores, _, _ = random_predictions()
-    group, num_groups = groups(kind)
-    image, box, cls = select_candidates(scores, 0.1, topk, group, num_groups)
-    table = group.expand(30, 4).tolist()
-    for i in range(len(scores)):
-        expected = slow_candidates(scores[i].tolist(), table, num_groups, 0.1, topk)
-        actual = list(zip(box[image == i].tolist(), cls[image == i].tolist()))
-        assert sorted(actual) == sorted(expected)
+    group, _ = groups(kind)
+    for count in (10, 1000):
+        box, cls, found, candidate, complete = select_candidates(scores, 0.1, topk, group, count)
+        for i in range(len(scores)):
+            slow = slow_candidates(scores[i].tolist(), group.expand(30, 4).tolist(), 0.1, topk)
+            actual = list(zip(box[i][candidate[i]].tolist(), cls[i][candidate[i]].tolist()))
+            assert actual == slow[: len(actual)] and (count < 1000 or len(actual) == len(slow))
+            assert complete[i] == ((scores[i] > 0.1).sum() < count)
+            assert torch.equal(found[i][candidate[i]], scores[i][tuple(zip(*actual))])
 
 
 def run_detect(scores, deltas, default_boxes, kind="class", **kwargs):
@@ -103,55 +101,129 @@ def run_detect(scores, deltas, default_boxes, kind="class", **kwargs):
     return detect(scores, deltas, default_boxes, SIZE, group=group, num_groups=num_groups, **kwargs)
 
 
-def slow_detections(scores, deltas, default_boxes, kind, thresh, topk, nms_thresh, kept):
-    """(score, class, box) of one image, best first."""
-    group, num_groups = groups(kind)
-    chosen = slow_candidates(
-        scores.tolist(), group.expand(scores.shape).tolist(), num_groups, thresh, topk
-    )
-    by_class = {}
-    for r, cls in chosen:
+def slow_iou(a, b):
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(w, 0) * max(h, 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return both / (sum(areas) - both) if both else 0
+
+
+def slow_detections(scores, deltas, default_boxes, kind, thresh, topk, nms_thresh, kept, clip):
+    """(score, class, clipped box) of one image, best first: each box kept unless one that is kept
+    and of its class overlaps it."""
+    group, _ = groups(kind)
+    results = []
+    for r, cls in slow_candidates(
+        scores.tolist(), group.expand(scores.shape).tolist(), thresh, topk
+    ):
         x0, y0, x1, y1 = default_boxes[r].tolist()
         dx, dy, dw, dh = (d / w for d, w in zip(deltas[r].tolist(), WEIGHTS))
         x, y = (x0 + x1) / 2 + dx * (x1 - x0), (y0 + y1) / 2 + dy * (y1 - y0)
         w, h = (x1 - x0) * math.exp(dw), (y1 - y0) * math.exp(dh)
         box = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
-        box = [min(max(v, 0), SIZE[1 - i % 2]) for i, v in enumerate(box)]
-        by_class.setdefault(cls, []).append((float(scores[r, cls]), box))
-    results = []
-    for cls, pairs in by_class.items():
-        boxes, values = torch.tensor([b for _, b in pairs]), torch.tensor([s for s, _ in pairs])
-        results += [(*pairs[i][:1], cls, pairs[i][1]) for i in nms(boxes, values, nms_thresh)]
-    return sorted(results, reverse=True)[:kept]
+        clipped = [min(max(v, 0), SIZE[1 - i % 2]) for i, v in enumerate(box)]
+        if clip == "before_nms":
+            box = clipped
+            if box[0] >= box[2] or box[1] >= box[3]:
+                continue
+        if all(k != cls or slow_iou(box, other) <= nms_thresh for _, k, _, other in results):
+            results.append((float(scores[r, cls]), cls, clipped, box))
+    return [result[:3] for result in results[:kept]]
+
+
+def check_detections(scores, deltas, default_boxes, kind, thresh, topk, nms_thresh, kept, clip):
+    """Compares detections of N images with slow ones; returns how many there are."""
+    results = run_detect(
+        scores, deltas, default_boxes, kind, score_thresh=thresh, topk_candidates=topk,
+        nms_thresh=nms_thresh, detections_per_image=kept, clip=clip,
+    )  # fmt: skip
+    assert len(results) == len(scores)
+    for i, result in enumerate(results):
+        expected = slow_detections(
+            scores[i], deltas[i], default_boxes, kind, thresh, topk, nms_thresh, kept, clip
+        )
+        assert result.image_size == SIZE
+        assert result.scores.tolist() == [score for score, _, _ in expected]
+        assert result.pred_classes.tolist() == [cls for _, cls, _ in expected]
+        boxes = torch.tensor([box for *_, box in expected]).reshape(-1, 4)
+        torch.testing.assert_close(result.pred_boxes.tensor, boxes, rtol=0, atol=1e-3)
+    return [len(result) for result in results]
 
 
 @pytest.mark.parametrize("kind", ["level", "class"])
+@pytest.mark.parametrize("clip", ["before_nms", "after_nms"])
 @pytest.mark.parametrize(
-    "thresh, topk, nms_thresh, kept", [(0.1, 8, 0.45, 15), (0.02, 99, 0.3, 200)]
+    "thresh, topk, nms_thresh, kept",
+    [(0.1, 8, 0.45, 15), (0.02, 99, 0.3, 200), (0.0, 5, 0.1, 8), (0.3, 99, 0.6, 1)],
 )
-def test_detections_equal_a_slow_implementation(kind, thresh, topk, nms_thresh, kept):
-    predictions = random_predictions()
-    results = run_detect(
-        *predictions, kind, score_thresh=thresh, topk_candidates=topk, nms_thresh=nms_thresh,
-        detections_per_image=kept,
-    )  # fmt: skip
-    assert len(results) == 3
-    for i, result in enumerate(results):
-        expected = slow_detections(
-            predictions[0][i],
-            predictions[1][i],
-            predictions[2],
-            kind,
-            thresh,
-            topk,
-            nms_thresh,
-            kept,
+def test_detections_equal_a_slow_implementation(kind, clip, thresh, topk, nms_thresh, kept):
+    found = check_detections(*random_predictions(), kind, thresh, topk, nms_thresh, kept, clip)
+    assert min(found) >= min(5, kept)
+
+
+@pytest.mark.parametrize("kind", ["level", "class"])
+@pytest.mark.parametrize("seed", range(4))
+def test_detections_of_unusual_scores_equal_slow_ones(kind, seed):
+    _, deltas, default_boxes = random_predictions(num_images=6)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(6, 30, 4, generator=generator)
+    scores[0] = 0.5  # all equal
+    scores[1] = (scores[1] * 4).round() / 4  # many equal ones, 0 and 1 among them
+    scores[2] = torch.where(scores[2] > 0.9, scores[2], 0)  # few
+    scores[3] = 0
+    scores[4] = scores[4] ** 40  # down to numbers that are hardly any
+    scores[5, :25] = 0.5
+    for thresh, topk, kept in ((0.0, 3, 2), (0.25, 7, 4), (0.0, 1000, 1), (0.5, 1000, 100)):
+        for clip in ("before_nms", "after_nms"):
+            check_detections(scores, deltas, default_boxes, kind, thresh, topk, 0.45, kept, clip)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5, 40])
+def test_detections_behind_many_overlapping_ones(kept):
+    """Images that need all pairs until NMS leaves enough, beside one that needs the first."""
+    _, _, default_boxes = random_predictions()
+    scores = torch.rand(3, 30, 4, generator=torch.Generator().manual_seed(0))
+    default_boxes[:20] = torch.tensor([10.0, 10, 50, 50]) + torch.linspace(0, 1, 20)[:, None]
+    scores[1, :20] += 1
+    deltas = torch.zeros(3, 30, 4)
+    for topk in (15, 1000):
+        for kind in ("level", "class"):
+            check_detections(
+                scores, deltas, default_boxes, kind, 0.0, topk, 0.45, kept, "before_nms"
+            )
+
+
+def test_more_boxes_than_one_nms_call_takes():
+    """All of 800 boxes × 4 classes: NMS goes class by class, which changes nothing."""
+    scores, deltas, default_boxes = random_predictions(1, 800)
+    group = torch.arange(4)[None]
+    results = [
+        detect(
+            scores[..., classes], deltas, default_boxes, SIZE, group=group[:, classes] * 0,
+            num_groups=1, score_thresh=0.0, topk_candidates=10000, nms_thresh=0.95,
+            detections_per_image=3200, bbox_reg_weights=WEIGHTS, bbox_reg_clamp="none",
+        )[0]
+        for classes in (slice(0, 4), slice(0, 2), slice(2, 4))
+    ]  # fmt: skip
+    assert len(results[0]) == len(results[1]) + len(results[2]) > 1000
+    expected = torch.cat([results[1].scores, results[2].scores]).sort(descending=True)[0]
+    assert torch.equal(results[0].scores, expected)
+
+
+def test_no_images_and_scores_that_are_not_numbers():
+    scores, deltas, default_boxes = random_predictions()
+    assert run_detect(scores[:0], deltas[:0], default_boxes) == []
+    scores[1] = float("nan")
+    results = run_detect(scores, deltas, default_boxes)
+    assert [len(result) > 0 for result in results] == [True, False, True]
+    for clip in ("before_nms", "after_nms"):
+        expected = run_detect(scores, deltas, default_boxes, clip=clip)
+        broken = deltas.clone()
+        broken[2] = float("nan")  # boxes of another image
+        assert torch.equal(
+            run_detect(scores, broken, default_boxes, clip=clip)[0].pred_boxes.tensor,
+            expected[0].pred_boxes.tensor,
         )
-        assert len(expected) > 5 and result.image_size == SIZE
-        assert result.pred_classes.tolist() == [cls for _, cls, _ in expected]
-        assert result.scores.tolist() == pytest.approx([score for score, _, _ in expected])
-        boxes = torch.tensor([box for *_, box in expected])
-        torch.testing.assert_close(result.pred_boxes.tensor, boxes, rtol=0, atol=1e-3)
 
 
 def test_score_threshold_is_exclusive():

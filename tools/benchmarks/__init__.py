@@ -1,0 +1,1 @@
+"""Parts of tools/benchmark.py: what is measured, by whom, and against which limit."""

@@ -1,0 +1,190 @@
+"""What the contenders are given: JPEG files, batches in memory, raw outputs, detections."""
+
+import json
+import os
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import cv2
+import numpy as np
+import torch
+from lineages.rows import ROOT
+from torch import Tensor
+
+from ssd.data.datasets import read_voc, xyxy_boxes
+from ssd.data.shapes import render_shapes
+
+SIZE = (480, 640)  # height and width of a JPEG
+QUALITY = 90
+CLASSES = ["RBC", "WBC", "Platelets"]
+
+
+def write_images(folder: Path, count: int, num_classes: int) -> str:
+    """Writes FOLDER/images/*.jpg, all different, and FOLDER/train.json in COCO's format.
+
+    They are photographs of BCCD, if it lies in ``$DETECTRON2_DATASETS`` or beside the repository,
+    else rendered shapes. The boxes are the data set's, their classes random.
+
+    Returns:
+        what they are.
+    """
+    (folder / "images").mkdir()
+    records, what = _source(folder, count)
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number, record in enumerate(records):
+        image = cv2.imread(record["file_name"])
+        height, width = image.shape[:2]
+        scale = np.array([SIZE[1] / width, SIZE[0] / height] * 2)
+        name = f"{number:06}.jpg"
+        cv2.imwrite(
+            str(folder / "images" / name),
+            cv2.resize(image, SIZE[::-1]),
+            [cv2.IMWRITE_JPEG_QUALITY, QUALITY],
+        )
+        images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
+        for x0, y0, x1, y1 in (xyxy_boxes(record["annotations"]) * scale).tolist():
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": number, "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
+                    "category_id": int(rng.integers(num_classes)) + 1,
+                }
+            )  # fmt: skip
+    write_coco(folder / "train.json", images, annotations, num_classes)
+    return f"{len(images)} {what}, {SIZE[1]}x{SIZE[0]}, JPEG quality {QUALITY}"
+
+
+def _source(folder: Path, count: int) -> Tuple[List[Dict], str]:
+    for root in (os.environ.get("DETECTRON2_DATASETS", "datasets"), ROOT.parent / "shared/data"):
+        bccd = Path(root) / "bccd"
+        if bccd.is_dir():
+            records = [r for s in ("trainval", "test") for r in read_voc(str(bccd), s, CLASSES)]
+            if len(records) >= count:
+                return records[:count], "photographs (BCCD)"
+    path = render_shapes(str(folder / "shapes"), "train", count)
+    data = json.loads(Path(path).read_text())
+    records = {
+        image["id"]: {
+            "file_name": str(Path(path).parent / "train" / "images" / image["file_name"]),
+            "annotations": [],
+        }
+        for image in data["images"]
+    }
+    for annotation in data["annotations"]:
+        records[annotation["image_id"]]["annotations"].append({**annotation, "bbox_mode": 1})
+    return list(records.values()), "rendered images"
+
+
+def write_coco(path: Path, images, annotations, num_classes: int) -> None:
+    categories = [{"id": k + 1, "name": f"class {k + 1}"} for k in range(num_classes)]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(data))
+
+
+def read_records(folder: Path, name: str = "train") -> List[Dict]:
+    """Of each image ``file_name``, ``boxes`` (M, 4) float32 XYXY and ``classes`` (M,) int64 in
+    [0, K)."""
+    data = json.loads((folder / f"{name}.json").read_text())
+    found = {image["id"]: [] for image in data["images"]}
+    for annotation in data["annotations"]:
+        found[annotation["image_id"]].append(annotation)
+    records = []
+    for image in data["images"]:
+        of_image = found[image["id"]]
+        boxes = np.array([x["bbox"] for x in of_image], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        records.append(
+            {
+                "file_name": str(folder / "images" / image["file_name"]),
+                "image_id": image["id"],
+                "boxes": torch.from_numpy(boxes),
+                "classes": torch.tensor([x["category_id"] - 1 for x in of_image]).long(),
+            }
+        )
+    return records
+
+
+def photographs(folder: Path, count: int) -> List[Tensor]:
+    """(3, 480, 640) uint8 RGB each; the files over again if there are fewer."""
+    files = sorted((folder / "images").iterdir())
+    return [_read(str(files[i % len(files)])) for i in range(count)]
+
+
+def training_batch(folder: Path, count: int, size: Tuple[int, int]) -> List[Dict]:
+    """``image`` (3, H, W) uint8 RGB of the network's input size; ``boxes`` and ``classes`` as in
+    :func:`read_records`, in its pixels."""
+    records, batch = read_records(folder), []
+    scale = torch.tensor([size[1] / SIZE[1], size[0] / SIZE[0]] * 2)
+    for i in range(count):
+        record = records[i % len(records)]
+        image = _read(record["file_name"], size)
+        batch.append({"image": image, "boxes": record["boxes"] * scale, **_rest(record)})
+    return batch
+
+
+def _rest(record: Dict) -> Dict:
+    return {key: record[key] for key in ("classes", "file_name", "image_id")}
+
+
+def _read(path: str, size=None) -> Tensor:
+    image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+    if size is not None:
+        image = cv2.resize(image, size[::-1])
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def worst_case(num_boxes: int, num_classes: int, count: int) -> Tuple[Tensor, Tensor]:
+    """Raw outputs in which 48 classes of every default box (or all but one) are just over 0.02.
+
+    Returns:
+        logits (N, R, K + 1), the background last, and offsets (N, R, 4).
+    """
+    generator = torch.Generator().manual_seed(0)
+    over = min(48, num_classes - 1)
+    shape = (count, num_boxes, num_classes)
+    chosen = torch.rand(shape, generator=generator).argsort(dim=-1) < over
+    scores = 0.0201 + 0.0006 * torch.rand(shape, generator=generator)
+    scores = torch.where(chosen, scores, 1e-5)
+    background = (1 - scores.sum(dim=-1, keepdim=True)).clamp(min=1e-5)
+    logits = torch.cat([scores, background], dim=-1).log()
+    return logits, torch.randn(count, num_boxes, 4, generator=generator)
+
+
+def write_evaluation(folder: Path, count: int, num_classes: int = 80) -> None:
+    """Objects as many as in COCO, in FOLDER/eval.json, and detections in FOLDER/eval.npz.
+
+    About 7 objects and always 100 detections per image: two around each object, the rest anywhere.
+    """
+    rng = np.random.default_rng(0)
+    images, annotations, detections = [], [], []
+    for number in range(count):
+        images.append(
+            {"id": number, "file_name": f"{number}.jpg", "height": SIZE[0], "width": SIZE[1]}
+        )
+        boxes, labels = _random_boxes(rng, rng.poisson(7)), []
+        for x0, y0, x1, y1 in boxes.tolist():
+            labels.append(int(rng.integers(num_classes)))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": number, "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
+                    "category_id": labels[-1] + 1,
+                }
+            )  # fmt: skip
+        side = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+        near = [boxes + 0.05 * side * rng.standard_normal(boxes.shape) for _ in range(2)]
+        found = np.concatenate([*near, _random_boxes(rng, 100)])[:100]
+        classes = np.concatenate([labels, labels, rng.integers(num_classes, size=100)])[:100]
+        scores = rng.random(100)
+        scores[: 2 * len(boxes)] = 0.5 + 0.5 * scores[: 2 * len(boxes)]
+        detections.append(np.concatenate([found, scores[:, None], classes[:, None]], axis=1))
+    write_coco(folder / "eval.json", images, annotations, num_classes)
+    np.savez(folder / "eval.npz", np.array(detections, np.float32))
+
+
+def _random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 4) XYXY inside the image; the sides' logarithms are uniform from 8 to 320 pixels."""
+    side = np.exp(rng.uniform(np.log(8), np.log(320), (count, 2)))
+    corner = rng.random((count, 2)) * (np.array(SIZE[::-1]) - side)
+    return np.concatenate([corner, corner + side], axis=1)

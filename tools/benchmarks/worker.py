@@ -1,0 +1,144 @@
+"""The processes: each does its work when the parent asks for it, and waits otherwise."""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+from typing import Dict
+
+from benchmarks.report import MACHINE
+
+# Nothing else is imported before the number of threads and the path are set, and the parent stays
+# small: what a process starts with would count as its memory.
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far.
+
+    Where Linux tells, that of the program only: getrusage also counts what the process that
+    started it held.
+    """
+    with contextlib.suppress(OSError):
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def set_up(threads: int, code: str = "") -> None:
+    """Before anything large is imported: threads, and what ``import ssd`` and these tools find."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    tools = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path[:0] = [code or os.path.dirname(tools), tools]
+    sys.stdout = open(os.devnull, "w")  # COCO's tables
+    multiprocessing.set_start_method(None, force=True)  # of loaders: the platform's, not ours
+    import logging
+
+    import torch
+
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
+
+
+def contend(connection, spec: Dict, warmup: int, min_seconds: float) -> None:
+    """Builds the work, runs it at "warm up" and at each "run", and tells about it at "finish".
+
+    Every answer is a tuple: ("ready", images per run), ("time", seconds per run), ("done",
+    description), or ("error", traceback).
+    """
+    try:
+        set_up(spec["threads"], spec["code"])
+        import torch
+
+        from benchmarks.machine import Spec
+
+        if spec["contender"] in MACHINE:
+            from benchmarks.machine import build
+        else:
+            from benchmarks.contenders import build
+
+        imports = peak_memory_mb()
+        on_gpu = spec["device"] == "cuda"
+        work = build(Spec(**spec))
+
+        def run(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                work.run()
+                if on_gpu and not work.queues:
+                    torch.cuda.synchronize()
+            if on_gpu:
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) / count
+
+        connection.send(("ready", work.images))
+        count = 1
+        while (message := connection.recv()) != "finish":
+            if message == "warm up":
+                seconds = [run(1) for _ in range(warmup)][-1]
+                count = min(1000, math.ceil(min_seconds / seconds) or 1)
+            else:
+                seconds = run(count)
+            connection.send(("time", seconds))
+        peak = peak_memory_mb()
+        memory = {"peak_mb": round(peak), "above_imports_mb": round(peak - imports)}
+        if on_gpu:
+            memory["gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        info = {"images": work.images, "runs_per_round": count, "memory": memory}
+        connection.send(("done", {**info, "found": work.describe()}))
+    except Exception:
+        connection.send(("error", traceback.format_exc()))
+
+
+def prepare(connection, settings: Dict) -> None:
+    """Files and weights for all contenders, and the networks' costs."""
+    try:
+        set_up(settings["threads"])
+        connection.send(("done", prepare_files(settings)))
+    except Exception:
+        connection.send(("error", traceback.format_exc()))
+
+
+def prepare_files(settings: Dict) -> Dict:
+    """What :func:`prepare` does, in this process."""
+    from pathlib import Path
+
+    import torch
+    import torchvision
+    from detectron2.modeling import build_model
+
+    from benchmarks import inputs
+    from benchmarks.cost import network_cost
+    from benchmarks.definitions import config, definition, write_weights
+
+    folder, models = Path(settings["folder"]), settings["models"]
+    tasks, device = settings["tasks"], settings["device"]
+    num_classes = {name: config(name, "cpu").MODEL.SSD.NUM_CLASSES for name in models}
+    found = {"torch": torch.__version__, "torchvision": torchvision.__version__, "models": {}}
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    for name in models:
+        sub = folder / name
+        sub.mkdir()
+        found["images"] = inputs.write_images(sub, settings["images"], num_classes[name])
+        one, cost = definition(name), {}
+        entry = {"torchvision": one.torchvision is not None, "mmdet": one.mmdet}
+        if {"predict", "postprocess", "train-step", "train-loop"} & set(tasks):
+            model = build_model(config(name, "cpu")).eval()
+            cost = network_cost(model)
+            image = inputs.photographs(sub, 1)[0]
+            entry["pairs"] = write_weights(name, image, sub, settings["mmdet"])
+            entry["default_boxes"] = len(model.default_boxes)
+            entry["num_classes"] = model.num_classes
+        found["models"][name] = {**entry, "cost": cost}
+    if "eval" in tasks:
+        inputs.write_evaluation(folder, settings["eval_images"])
+    return found
