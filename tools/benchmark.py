@@ -233,7 +233,7 @@ def run(args) -> Dict:
         gpu = {"gpu": found["gpu"]} if "gpu" in found else {}
         shown = {k: v for k, v in vars(args).items() if k not in ("json", "markdown", "profile")}
         report = {
-            "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
+            "command": command_line(sys.argv[1:]),
             "commit": git("rev-parse", "--short", "HEAD") or "unknown",
             "changed": bool(git("status", "--porcelain")),
             "date": time.strftime("%Y-%m-%d"),
@@ -255,6 +255,15 @@ def run(args) -> Dict:
             result["summary"] = reporting.summarise(result, report)
             write(args.json, report)
     return report
+
+
+def command_line(arguments: List[str]) -> str:
+    """To repeat it, without where the results went."""
+    arguments = list(arguments)
+    if "--json" in arguments:
+        at = arguments.index("--json")
+        del arguments[at : at + 2]
+    return shlex.join(["python", "tools/benchmark.py", *arguments])
 
 
 def write(path: str, report: Dict) -> None:

@@ -243,6 +243,7 @@ def test_report_holds_what_a_reader_needs(written):
     assert found["hardware"]["cpu"] and found["hardware"]["cores"] >= 1
     assert found["hardware"]["threads"] == 1 and found["versions"]["torch"] == torch.__version__
     assert found["commit"] and found["command"].startswith("python tools/benchmark.py --tasks")
+    assert "--json" not in found["command"]
     assert found["models"]["tiny"]["pairs"] > 300
     (case,) = found["results"]
     contenders = case["contenders"]
