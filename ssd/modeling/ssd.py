@@ -179,7 +179,7 @@ class SSD(DenseDetector):
         if len({image.dtype for image in images}) > 1:
             images = [image.float() for image in images]
         batch = torch.stack(images).to(self.device, non_blocking=True)  # one copy, not one each
-        batch = (batch - self.pixel_mean) / self.pixel_std
+        batch = (batch - self.pixel_mean).div_(self.pixel_std)
         return ImageList(batch.contiguous(memory_format=self.memory_format), sizes)
 
     def forward_training(
