@@ -442,7 +442,9 @@ class MMDetection(Contender):
             images.append(x["image"].flip(0).contiguous())  # BGR
             shape = {"img_shape": size, "ori_shape": SIZE, "img_id": x["image_id"]}
             sample = DetDataSample(metainfo={**shape, "scale_factor": self._scale(size)})
-            sample.gt_instances = InstanceData(bboxes=x["boxes"], labels=x["classes"])
+            # of torchvision's 90 ids its own definition has 80 classes
+            labels = x["classes"] % self.cfg.model.bbox_head.num_classes
+            sample.gt_instances = InstanceData(bboxes=x["boxes"], labels=labels)
             samples.append(sample)
         return self._step(itertools.repeat({"inputs": images, "data_samples": samples}))
 
