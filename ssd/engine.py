@@ -329,7 +329,11 @@ class TrainingStep(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: Dict) -> None:
+        # which kernels run is this machine's choice, not that of the one that saved
+        kernels = [{k: x.get(k) for k in ("foreach", "fused")} for x in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.optimizer.param_groups, kernels):
+            group.update(own)
         self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
 
 

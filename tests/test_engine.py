@@ -126,6 +126,19 @@ def test_a_non_finite_loss_never_reaches_the_weights(late):
     assert len(storage.history("loss_a").values()) == 1
 
 
+def test_a_resume_keeps_this_machines_kernels():
+    """A run saved with other kernels, on a CPU or by an earlier version."""
+    saved, _, _, _ = train_line([1.0, 2.0], late=False)
+    state = saved.state_dict()
+    state["optimizer"]["param_groups"][0].update(fused=None, foreach=True)
+    step, _, _, _ = train_line([1.0], late=True)
+    step.load_state_dict(state)
+    (group,) = step.optimizer.param_groups
+    assert group["fused"] and not group["foreach"]
+    momentum = step.optimizer.state[step.model.weight]["momentum_buffer"]
+    assert momentum == saved.optimizer.state[saved.model.weight]["momentum_buffer"] != 0
+
+
 def test_exploding_loss_stops_a_run(tiny_cfg):
     cfg = tiny_cfg("SOLVER.BASE_LR", 1e30, "SOLVER.CHECKPOINT_PERIOD", 1)
     with pytest.raises(FloatingPointError, match="iteration 1"):
