@@ -153,8 +153,8 @@ def detect(
         deltas: (N, R, 4) predicted offsets.
         default_boxes: (R, 4).
         image_size: (height, width) of the network's input: boxes are clipped to it.
-        clip: ``"before_nms"``, where boxes outside the image are dropped too (MMDetection,
-            torchvision), or ``"after_nms"`` (Caffe).
+        clip: ``"before_nms"``, where boxes outside the image are dropped too (MMDetection;
+            torchvision keeps them, without area), or ``"after_nms"`` (Caffe).
         group: see :func:`select_candidates`; one of ``num_groups``.
 
     Returns:
