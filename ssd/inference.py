@@ -1,18 +1,20 @@
 """Makes a trained model fast for inference, without changing what it computes."""
 
 import copy
+import functools
 import logging
-from typing import Iterator
+import weakref
+from typing import Callable, Iterator, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ssd.modeling import SSD
 
-__all__ = ["compile_network", "fold_batch_norm", "optimize"]
+__all__ = ["CudaGraph", "compile_network", "fold_batch_norm", "optimize"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
     BatchNorm goes into the convolutions in front of it; with ``MODEL.COMPILE`` the network is
     compiled, and with ``TEST.DTYPE`` it runs in that type. Default boxes, scores and detections
-    stay in float32.
+    stay in float32. On GPUs a CUDA graph holds everything between a batch and its detections
+    (``TEST.CUDA_GRAPH``).
 
     Args:
         model: an SSD, also wrapped in DistributedDataParallel; any other model is returned itself.
@@ -33,19 +36,73 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
         ValueError: ``TEST.DTYPE`` isn't known.
     """
     model = getattr(model, "module", model)
-    dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if cfg.TEST.DTYPE not in dtype:
-        raise ValueError(f"TEST.DTYPE: one of {list(dtype)}, got {cfg.TEST.DTYPE!r}")
-    works = cfg.MODEL.COMPILE or dtype[cfg.TEST.DTYPE] or any(_normed_convolutions(model))
-    if not (isinstance(model, SSD) and works):
+    dtypes = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if cfg.TEST.DTYPE not in dtypes:
+        raise ValueError(f"TEST.DTYPE: one of {list(dtypes)}, got {cfg.TEST.DTYPE!r}")
+    if not isinstance(model, SSD):
+        return model
+    dtype, graph = dtypes[cfg.TEST.DTYPE], cfg.TEST.CUDA_GRAPH and model.device.type == "cuda"
+    if not (cfg.MODEL.COMPILE or dtype or graph or any(_normed_convolutions(model))):
         return model
     model = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norm(model)
-    model.inference_dtype = dtype[cfg.TEST.DTYPE]
+    if dtype:
+        model.inference_dtype = dtype
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # once; autocast would do it at every run
+                for weight in module.parameters(recurse=False):
+                    weight.data = weight.to(dtype)
     if cfg.MODEL.COMPILE:
         # constant weights: on CPUs they are laid out for the convolutions once
         compile_network(model, options={"freezing": True} if model.device.type == "cpu" else None)
+    if graph:
+        # not the model itself: a cycle would keep its memory until the garbage collector comes
+        model.infer = CudaGraph(functools.partial(SSD.infer, weakref.proxy(model)))
     return model
+
+
+class CudaGraph:
+    """A function of CUDA tensors, as one launch per call instead of one per operation.
+
+    For each combination of shapes the first call records a graph. Results stay valid until the next
+    call. What can't be recorded runs as it is, and the log says why.
+    """
+
+    def __init__(self, function: Callable[..., Tuple[Tensor, ...]]):
+        self._function = function
+        self._graphs = {}
+        self._pool = None
+
+    @torch.no_grad()
+    def __call__(self, *args: Tensor) -> Tuple[Tensor, ...]:
+        key = tuple((x.shape, x.dtype) for x in args)
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._record(args)
+            except RuntimeError as error:
+                logger.warning("TEST.CUDA_GRAPH isn't used for %s: %s", key, error)
+                self._graphs[key] = None
+        if self._graphs[key] is None:
+            return self._function(*args)
+        graph, inputs, outputs = self._graphs[key]
+        for static, x in zip(inputs, args):
+            static.copy_(x)
+        graph.replay()
+        return outputs
+
+    def _record(self, args: Tuple[Tensor, ...]):
+        inputs = [x.clone(memory_format=torch.preserve_format) for x in args]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what is chosen, compiled or allocated at the first runs
+                self._function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = self._function(*inputs)
+        self._pool = graph.pool()
+        return graph, inputs, outputs
 
 
 def fold_batch_norm(model: nn.Module) -> None:

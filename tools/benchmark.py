@@ -17,6 +17,7 @@ Tasks:
   train-step   a batch in memory -> losses, gradients, a step of SGD
   train-loop   the same with a data loader (--workers)
   predict      decoded 640x480 uint8 images -> detections
+  network      normalised images on the device -> raw outputs
   postprocess  raw outputs -> detections: of about 2000 (box, class) pairs over the threshold, and
                in the worst case, 48 classes of every default box just over 0.02
   eval         COCO's evaluation of --eval-images images with 100 detections each
@@ -41,7 +42,7 @@ from benchmarks import report as reporting
 from benchmarks import worker
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORK_TASKS = ("train-step", "train-loop", "predict")
+NETWORK_TASKS = ("train-step", "train-loop", "predict", "network")
 TASKS = ("data", *NETWORK_TASKS, "postprocess", "eval")
 MODELS = ("ssd300", "ssdlite_mobilenetv3", "ssdlite_mobilenetv2", "ssd512")
 CONTENDERS = {

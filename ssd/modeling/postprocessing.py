@@ -5,17 +5,26 @@ pairs per image; boxes are XYXY in pixels of the network's input.
 """
 
 import math
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-__all__ = ["decode_boxes", "detect", "rank_in_group", "select_candidates"]
+__all__ = [
+    "best_detections",
+    "decode_boxes",
+    "detect",
+    "output_transform",
+    "rank_in_group",
+    "select_candidates",
+]
 
 _MAX_LOG_SCALE = math.log(1000.0 / 16)  # of the decoded dw, dh (Fast R-CNN)
 _FAR = 1e6  # pixels: bounds what an unclamped decoding can give
+_GPU_PAIRS = 2048  # an image's candidates up to which NMS compares all with all on GPUs
+_NMS_PASSES = 16  # of the rule, there
 
 
 def decode_boxes(
@@ -126,12 +135,48 @@ def _nms_per_class(
     return kept & valid
 
 
-def detect(
+def _nms_without_waiting(
+    boxes: Tensor, cls: Tensor, valid: Tensor, nms_thresh: float
+) -> Tuple[Tensor, Tensor]:
+    """As :func:`_nms_per_class`, in a fixed number of operations and without synchronisation.
+
+    A box is kept if no kept one before it overlaps it. From "all are kept" on, each pass of this
+    rule settles at least the next box of every chain of overlapping ones.
+
+    Returns:
+        which are kept (N, C), and for which images that is settled (N,).
+    """
+    boxes = torch.where(valid[..., None], boxes, 0).nan_to_num(nan=0.0).clamp(-_FAR, _FAR)
+    step = max(1, 2**24 // max(1, cls.shape[1]) ** 2)  # bounds the memory
+    overlap = [_suppresses(*part, nms_thresh) for part in zip(boxes.split(step), cls.split(step))]
+    overlap = torch.cat(overlap) if overlap else boxes.new_zeros(0, cls.shape[1], cls.shape[1])
+    kept = valid
+    for _ in range(_NMS_PASSES):
+        before = kept
+        kept = valid & ((overlap @ kept[..., None].to(overlap.dtype))[..., 0] == 0)
+    return kept, (kept == before).all(dim=1)
+
+
+def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
+    """(N, C, C), 1 where box j comes before box i, is of its class, and overlaps it."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    width = torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])
+    height = torch.minimum(y2[:, :, None], y2[:, None]) - torch.maximum(y1[:, :, None], y1[:, None])
+    both = width.clamp_(min=0) * height.clamp_(min=0)
+    area = (x2 - x1) * (y2 - y1)
+    found = (both / (area[:, :, None] + area[:, None] - both) > nms_thresh).tril(-1)
+    found &= cls[:, :, None] == cls[:, None]
+    return found.to(torch.float16 if boxes.is_cuda else boxes.dtype)
+
+
+def best_detections(
     scores: Tensor,
     deltas: Tensor,
     default_boxes: Tensor,
     image_size: Tuple[int, int],
+    output: Optional[Tensor] = None,
     *,
+    attempt: int = 0,
     group: Tensor,
     num_groups: int,
     score_thresh: float,
@@ -141,6 +186,83 @@ def detect(
     bbox_reg_weights: Sequence[float],
     bbox_reg_clamp: str,
     clip: str = "before_nms",
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`detect` finds among the best pairs only, padded to D rows per image.
+
+    On GPUs the first attempt doesn't wait for the device, so that a CUDA graph can hold it.
+
+    Args:
+        output: of :func:`output_transform`.
+        attempt: the best 4 · ``detections_per_image`` pairs are tried, then 4 times as many, ….
+        clip: ``"before_nms"``, where boxes outside the image are dropped too (MMDetection;
+            torchvision keeps them, without area), or ``"after_nms"`` (Caffe).
+        group: see :func:`select_candidates`; one of ``num_groups``.
+
+    Returns:
+        boxes (N, D, 4), scores (N, D), classes (N, D), and (N, 2): how many rows are detections,
+        and whether all have been found.
+    """
+    if clip not in ("before_nms", "after_nms"):
+        raise ValueError(f"MODEL.SSD.CLIP_TEST: 'before_nms' or 'after_nms', got {clip!r}")
+    height, width = image_size
+    num_classes, count = scores.shape[2], 4 ** (1 + attempt) * max(1, detections_per_image)
+    box, cls, score, valid, complete = select_candidates(
+        scores, score_thresh, topk_candidates, group, count
+    )
+    complete |= valid.sum(dim=1) == num_groups * topk_candidates
+    image = torch.arange(len(scores), device=scores.device)[:, None]
+    boxes = decode_boxes(deltas[image, box], default_boxes[box], bbox_reg_weights, bbox_reg_clamp)
+    # not Boxes.clip: it refuses the infinite sizes that an unclamped decoding can give
+    x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+    clipped = torch.stack([x, y], dim=-1).flatten(2)
+    if clip == "before_nms":
+        boxes = clipped
+        valid &= _has_area(clipped)
+    if boxes.is_cuda and cls.shape[1] <= _GPU_PAIRS:
+        kept, settled = _nms_without_waiting(boxes, cls, valid, nms_thresh)
+    else:
+        kept, settled = _nms_per_class(boxes, cls, valid, num_classes, nms_thresh), True
+    complete = (complete | (kept.sum(dim=1) >= detections_per_image)) & settled
+
+    best = _true_first(kept)[:, : max(0, detections_per_image)]
+    boxes, score, cls = clipped[image, best], score[image, best], cls[image, best]
+    kept = kept[image, best]
+    if output is not None:
+        scale, limit = output.to(boxes.dtype)[:, None, None].chunk(2, dim=-1)
+        corners = boxes.unflatten(-1, (2, 2)) * scale
+        boxes = torch.minimum(corners.clamp(min=0), limit).flatten(-2)
+        kept &= _has_area(boxes)
+        best = _true_first(kept)
+        boxes, score, cls = boxes[image, best], score[image, best], cls[image, best]
+    return boxes, score, cls, torch.stack([kept.sum(dim=1), complete], dim=1)
+
+
+def output_transform(sizes: Sequence[Tuple[int, int]], image_size: Tuple[int, int]) -> Tensor:
+    """(N, 4) float64: what boxes in x and y are multiplied by and clipped to, if images of (height,
+    width) ``sizes`` were resized to ``image_size`` for the network."""
+    height, width = image_size
+    rows = [(w / width, h / height, w, h) for h, w in sizes]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 4)
+
+
+def _has_area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)  # False for NaN
+
+
+def _true_first(mask: Tensor) -> Tensor:
+    """(N, C) indices of a mask's true elements, in order, then of the others."""
+    return (~mask).byte().argsort(dim=1, stable=True)
+
+
+def detect(
+    scores: Tensor,
+    deltas: Tensor,
+    default_boxes: Tensor,
+    image_size: Tuple[int, int],
+    output_sizes: Optional[Sequence[Tuple[int, int]]] = None,
+    *,
+    first: Optional[Tuple[Tensor, ...]] = None,
+    **settings,
 ) -> List[Instances]:
     """Detections of N images.
 
@@ -153,50 +275,37 @@ def detect(
         deltas: (N, R, 4) predicted offsets.
         default_boxes: (R, 4).
         image_size: (height, width) of the network's input: boxes are clipped to it.
-        clip: ``"before_nms"``, where boxes outside the image are dropped too (MMDetection;
-            torchvision keeps them, without area), or ``"after_nms"`` (Caffe).
-        group: see :func:`select_candidates`; one of ``num_groups``.
+        output_sizes: (height, width) that each image's boxes are scaled and clipped to; those that
+            have no area there are dropped. Default: ``image_size``, and none is.
+        first: the result of :func:`best_detections`, if it's there already.
+        settings: keyword arguments of :func:`best_detections`.
 
     Returns:
         N ``Instances`` with ``pred_boxes``, ``scores``, ``pred_classes``, highest score first;
         of length 0 where nothing passes.
     """
-    num_classes = scores.shape[2]
-    if clip not in ("before_nms", "after_nms"):
-        raise ValueError(f"MODEL.SSD.CLIP_TEST: 'before_nms' or 'after_nms', got {clip!r}")
-    height, width = image_size
-    results = [Instances(image_size) for _ in scores]
-    todo, count = results, 4 * max(1, detections_per_image)
+    results, todo, attempt = [None] * len(scores), list(range(len(scores))), 0
     while todo:
-        box, cls, score, valid, complete = select_candidates(
-            scores, score_thresh, topk_candidates, group, count
-        )
-        complete |= valid.sum(dim=1) == num_groups * topk_candidates
-        image = torch.arange(len(todo), device=scores.device)[:, None]
-        boxes = decode_boxes(
-            deltas[image, box], default_boxes[box], bbox_reg_weights, bbox_reg_clamp
-        )
-        # not Boxes.clip: it refuses the infinite sizes that an unclamped decoding can give
-        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
-        clipped = torch.stack([x, y], dim=-1).flatten(2)
-        if clip == "before_nms":
-            boxes = clipped
-            valid &= (clipped[..., 2:] > clipped[..., :2]).all(dim=-1)
-        kept = _nms_per_class(boxes, cls, valid, num_classes, nms_thresh)
-        length = kept.sum(dim=1)
-        complete |= length >= detections_per_image
-
-        best = (~kept).byte().argsort(dim=1, stable=True)[:, : max(0, detections_per_image)]
-        clipped, score, cls = clipped[image, best], score[image, best], cls[image, best]
+        if attempt or first is None:
+            output = None
+            if output_sizes is not None:
+                output = output_transform([output_sizes[i] for i in todo], image_size)
+                output = output.to(scores.device)
+            first = best_detections(
+                scores, deltas, default_boxes, image_size, output, attempt=attempt, **settings
+            )
+        boxes, score, cls, status = first
         unfinished = []
-        for i, (n, done) in enumerate(torch.stack([length, complete], dim=1).tolist()):
-            if done:
-                todo[i].pred_boxes = Boxes(clipped[i, :n])
-                todo[i].scores = score[i, :n]
-                todo[i].pred_classes = cls[i, :n]
+        for row, (i, (n, complete)) in enumerate(zip(todo, status.tolist())):
+            if complete:
+                size = tuple(image_size if output_sizes is None else output_sizes[i])
+                results[i] = Instances(size)
+                results[i].pred_boxes = Boxes(boxes[row, :n])
+                results[i].scores = score[row, :n]
+                results[i].pred_classes = cls[row, :n]
             else:
-                unfinished.append(i)
+                unfinished.append(row)
+        todo, attempt = [todo[row] for row in unfinished], attempt + 1
         if unfinished:
-            scores, deltas, count = scores[unfinished], deltas[unfinished], 4 * count
-        todo = [todo[i] for i in unfinished]
+            scores, deltas = scores[unfinished], deltas[unfinished]
     return results

@@ -17,7 +17,7 @@ from ssd.modeling.blocks import pad_as_tensorflow
 from ssd.modeling.default_boxes import DefaultBoxGenerator
 from ssd.modeling.head import SSDHead, SSDLiteHead
 from ssd.modeling.multibox import encode_boxes, loss_divisor, match_default_boxes, multibox_loss
-from ssd.modeling.postprocessing import detect
+from ssd.modeling.postprocessing import best_detections, detect, output_transform
 
 __all__ = ["SSD"]
 
@@ -159,28 +159,69 @@ class SSD(DenseDetector):
         }
 
     def forward(self, batched_inputs: List[Dict]):
+        images = self.preprocess_image(batched_inputs)
         if self.training:
-            images = self.preprocess_image(batched_inputs)
             features = self.backbone(images.tensor)
             features = [features[name] for name in self.head_in_features]
             gt_instances = [x["instances"] for x in batched_inputs]
             return self.forward_training(images, features, self.head(features), gt_instances)
-        if self.inference_dtype is None:
-            return super().forward(batched_inputs)
-        with torch.autocast(self.device.type, self.inference_dtype):
-            return super().forward(batched_inputs)
+        sizes = [
+            (x.get("height", height), x.get("width", width))
+            for x, (height, width) in zip(batched_inputs, images.image_sizes)
+        ]
+        output = self._to_device(output_transform(sizes, self.input_size))
+        scores, deltas, *first = self.infer(images.tensor, output)
+        first = [x.clone() for x in first]  # a CUDA graph's own are those of the next call, too
+        results = self.detect(scores, deltas, sizes, first=first)
+        return [{"instances": instances} for instances in results]
+
+    def infer(self, images: Tensor, output: Tensor) -> Tuple[Tensor, ...]:
+        """The network and the first attempt to find detections, of fixed shapes.
+
+        Args:
+            images: (N, 3, H, W), normalised, of the network's input size.
+            output: (N, 4), see :func:`output_transform`.
+
+        Returns:
+            scores (N, R, K), offsets (N, R, 4), and the result of :func:`best_detections`.
+        """
+        enabled = self.inference_dtype is not None
+        with torch.autocast(self.device.type, self.inference_dtype, enabled=enabled):
+            features = self.backbone(images)
+            features = [features[name] for name in self.head_in_features]
+            logits, deltas = self._flatten(self.head(features))
+        scores = self.scores(logits)
+        settings = self._detection_settings()
+        return (
+            scores,
+            deltas,
+            *best_detections(
+                scores, deltas, self.default_boxes, self.input_size, output, **settings
+            ),
+        )
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Resizes where needed, batches and normalises; keeps the sizes of the given images."""
         images = [x["image"] for x in batched_inputs]
         sizes = [tuple(image.shape[-2:]) for image in images]
-        if any(size != self.input_size for size in sizes):
-            images = [self._resize(image) for image in images]
-        if len({image.dtype for image in images}) > 1:
-            images = [image.float() for image in images]
-        batch = torch.stack(images).to(self.device, non_blocking=True)  # one copy, not one each
+        if len({(image.shape, image.dtype, image.device) for image in images}) == 1:
+            batch = self._resize(self._stack(images))
+        else:
+            batch = torch.cat([self._resize(self._stack([image])) for image in images])
         batch = (batch - self.pixel_mean).div_(self.pixel_std)
         return ImageList(batch.contiguous(memory_format=self.memory_format), sizes)
+
+    def _stack(self, images: List[Tensor]) -> Tensor:
+        """A batch on the model's device: one copy, from memory that a GPU reads without waiting."""
+        if images[0].is_cuda or self.device.type != "cuda":
+            return torch.stack(images).to(self.device)
+        pinned = images[0].new_empty((len(images), *images[0].shape), pin_memory=True)
+        return torch.stack(images, out=pinned).to(self.device, non_blocking=True)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        if self.device.type == "cuda" and not x.is_cuda:
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
 
     def forward_training(
         self,
@@ -228,16 +269,20 @@ class SSD(DenseDetector):
     ) -> List[Instances]:
         """Detections of N images, in pixels of the network's input."""
         logits, deltas = self._flatten(predictions)
-        return detect(
-            self.scores(logits),
-            deltas,
-            self.default_boxes,
-            self.input_size,
-            group=self.candidate_group,
-            num_groups=self.num_groups,
-            bbox_reg_weights=self.bbox_reg_weights,
+        return self.detect(self.scores(logits), deltas)
+
+    def detect(self, scores: Tensor, deltas: Tensor, sizes=None, **kwargs) -> List[Instances]:
+        """:func:`ssd.modeling.postprocessing.detect` with this model's settings."""
+        boxes, settings = self.default_boxes, self._detection_settings()
+        return detect(scores, deltas, boxes, self.input_size, sizes, **settings, **kwargs)
+
+    def _detection_settings(self) -> Dict:
+        return {
+            "group": self.candidate_group,
+            "num_groups": self.num_groups,
+            "bbox_reg_weights": self.bbox_reg_weights,
             **self.detection,
-        )
+        }
 
     def scores(self, logits: Tensor) -> Tensor:
         """Logits (N, R, K + 1) to foreground probabilities (N, R, K)."""
@@ -268,19 +313,17 @@ class SSD(DenseDetector):
         boxes = boxes.to(self.default_boxes.dtype) * boxes.new_tensor(scales)[:, None]
         valid = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
         valid &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)  # False for NaN
-        return tuple(x.to(self.device, non_blocking=True) for x in (boxes, classes, valid))
+        return tuple(map(self._to_device, (boxes, classes, valid)))
 
-    def _resize(self, image: Tensor) -> Tensor:
-        """(C, H, W), of another size, to the network's input size on the model's device: bilinear
-        without antialiasing, float32."""
-        if image.shape[-2:] == self.input_size:
-            return self._move_to_current_device(image)
-        if 0 in image.shape:
-            raise ValueError(f"the image is empty: (channels, height, width) {tuple(image.shape)}")
-        return F.interpolate(
-            self._move_to_current_device(image)[None].float(),
-            self.input_size, mode="bilinear", align_corners=False,
-        )[0]  # fmt: skip
+    def _resize(self, images: Tensor) -> Tensor:
+        """(N, C, H, W), of another size, to the network's input size: bilinear without
+        antialiasing, float32."""
+        if images.shape[-2:] == self.input_size:
+            return images
+        if 0 in images.shape:
+            shape = tuple(images.shape[1:])
+            raise ValueError(f"the image is empty: (channels, height, width) {shape}")
+        return F.interpolate(images.float(), self.input_size, mode="bilinear", align_corners=False)
 
     def _feature_map_sizes(self) -> List[Tuple[int, int]]:
         """(height, width) of each level's map, from a run without data (torch's meta device)."""

@@ -104,6 +104,7 @@ class Ours(Contender):
         return config(
             spec.model, spec.device, "SOLVER.AMP.ENABLED", spec.dtype != "fp32",
             "SOLVER.AMP.DTYPE", dtype, "SOLVER.BASE_LR", RATE,
+            "TEST.DTYPE", "float32" if spec.dtype == "fp32" else dtype,
             "SOLVER.IMS_PER_BATCH", spec.batch_size, *opts, *spec.opts,
         )  # fmt: skip
 
@@ -133,11 +134,17 @@ class Ours(Contender):
         from detectron2.utils.events import EventStorage
 
         from ssd.engine import Trainer, TrainingStep
+        from ssd.inference import compile_network
 
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as Detectron2's default_setup
         model = self.model(cfg)
         optimizer = Trainer.build_optimizer(cfg, model)
-        amp = cfg.SOLVER.AMP
-        step = TrainingStep(model, loader, optimizer, amp.DTYPE if amp.ENABLED else "")
+        if cfg.MODEL.COMPILE:
+            compile_network(model)
+        amp, late = cfg.SOLVER.AMP, optimizer.defaults.get("fused", False)
+        step = TrainingStep(
+            model, loader, optimizer, amp.DTYPE if amp.ENABLED else "", late=bool(late)
+        )
         step.iter, step.storage = 0, EventStorage(0)
 
         def run():
@@ -185,18 +192,39 @@ class Ours(Contender):
 
         @torch.no_grad()
         def run():
-            with self.autocast():
-                found[:] = model(inputs)
+            found[:] = model(inputs)
 
         return Work(
             run, len(images),
             lambda: detected([x["instances"].scores for x in found]),
         )  # fmt: skip
 
+    def network(self) -> Work:
+        model = self._inference_model()
+        images = model.preprocess_image([{"image": x} for x in self.images()]).tensor
+
+        def outputs(images):
+            with torch.autocast(
+                images.device.type, model.inference_dtype, self.spec.dtype != "fp32"
+            ):
+                features = model.backbone(images)
+                return model.head.flatten(
+                    *model.head([features[name] for name in model.head_in_features])
+                )
+
+        if self.spec.device == "cuda":
+            from ssd.inference import CudaGraph
+
+            outputs = CudaGraph(outputs)
+
+        @torch.no_grad()
+        def run():
+            outputs(images)
+
+        return Work(run, len(images), queues=True)
+
     @torch.no_grad()
     def postprocess(self) -> Work:
-        from detectron2.modeling.postprocessing import detector_postprocess
-
         model = self.model(self.config()).eval()
         images = model.preprocess_image([{"image": x} for x in self.images()])
         features = [model.backbone(images.tensor)[name] for name in model.head_in_features]
@@ -213,8 +241,8 @@ class Ours(Contender):
 
         @torch.no_grad()
         def run():
-            results = model.forward_inference(images, features, predictions)
-            found[:] = [detector_postprocess(x, *SIZE) for x in results]
+            scores, deltas = model.head.flatten(*predictions)
+            found[:] = model.detect(model.scores(scores), deltas, [SIZE] * len(deltas))
 
         logits = model.head.flatten(*predictions)[0]
         thresh = model.detection["score_thresh"]
@@ -299,6 +327,18 @@ class Torchvision(Contender):
             run, len(images),
             lambda: detected([x["scores"] for x in found]),
         )  # fmt: skip
+
+    @torch.no_grad()
+    def network(self) -> Work:
+        model = self.model().eval()
+        images, _ = model.transform([x.to(self.spec.device) / 255 for x in self.images()])
+
+        @torch.no_grad()
+        def run():
+            with self.autocast():
+                model.head(list(model.backbone(images.tensors).values()))
+
+        return Work(run, len(images.tensors), queues=True)
 
     @torch.no_grad()
     def postprocess(self) -> Work:
@@ -469,14 +509,30 @@ class MMDetection(Contender):
 
         return Work(run, len(arrays), lambda: detected([x.pred_instances.scores for x in found]))
 
+    def _batch(self, model) -> Tensor:
+        """Normalised, of the network's input size."""
+        size = tuple(config(self.spec.model, "cpu").MODEL.SSD.INPUT_SIZE)
+        images = [nn.functional.interpolate(x[None].float(), size)[0] for x in self.images()]
+        preprocessor = model.data_preprocessor
+        mean, std = preprocessor.mean.cpu(), preprocessor.std.cpu()
+        return ((torch.stack(images) - mean) / std).to(self.spec.device)
+
+    def network(self) -> Work:
+        model = self.model().eval()
+        batch = self._batch(model)
+
+        @torch.no_grad()
+        def run():
+            with self.autocast():
+                model.bbox_head(model.extract_feat(batch))
+
+        return Work(run, len(batch), queues=True)
+
     @torch.no_grad()
     def postprocess(self) -> Work:
         model, images = self.model().eval(), self.images()
         size = tuple(config(self.spec.model, "cpu").MODEL.SSD.INPUT_SIZE)
-        batch = torch.stack([nn.functional.interpolate(x[None].float(), size)[0] for x in images])
-        preprocessor = model.data_preprocessor
-        mean, std = preprocessor.mean.cpu(), preprocessor.std.cpu()
-        maps = model.bbox_head(model.extract_feat(((batch - mean) / std).to(self.spec.device)))
+        maps = model.bbox_head(model.extract_feat(self._batch(model)))
         shapes = [tuple(x.shape[-2:]) for x in maps[0]]
         num_outputs = model.bbox_head.cls_out_channels
         per_level = [x[0].numel() // num_outputs for x in maps[0]]

@@ -131,7 +131,7 @@ def prepare_files(settings: Dict) -> Dict:
         found["images"] = inputs.write_images(sub, settings["images"], num_classes[name])
         one, cost = definition(name), {}
         entry = {"torchvision": one.torchvision is not None, "mmdet": one.mmdet}
-        if {"predict", "postprocess", "train-step", "train-loop"} & set(tasks):
+        if {"predict", "network", "postprocess", "train-step", "train-loop"} & set(tasks):
             model = build_model(config(name, "cpu")).eval()
             cost = network_cost(model)
             image = inputs.photographs(sub, 1)[0]
