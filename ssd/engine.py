@@ -201,7 +201,12 @@ class Trainer(DefaultTrainer):
             {k: x for k, x in group.items() if k not in ("foreach", "fused")}
             for group in optimizer.param_groups
         ]
-        return type(optimizer)(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
+        optimizer = type(optimizer)(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
+        # torch allocates it at the first step and, if that one is masked, never fills it
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
     def build_hooks(self) -> List[HookBase]:
         ret = super().build_hooks()
@@ -300,9 +305,9 @@ class TrainingStep(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
+        self.optimizer.zero_grad()
         with torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None):
             losses = self.model(data)
-        self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
         report = _LossReport(losses, self.iter, data_time, data)
         if self._late:

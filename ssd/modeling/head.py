@@ -45,7 +45,7 @@ class SSDHead(nn.Module):
         return logits, deltas
 
     def flatten(self, logits: List[Tensor], deltas: List[Tensor]) -> Tuple[Tensor, Tensor]:
-        """All levels in the default boxes' order: (N, R, K + 1) and (N, R, 4), float32."""
+        """All levels in the default boxes' order: (N, R, K + 1) and (N, R, 4)."""
         return _join(logits, self.num_classes + 1), _join(deltas, 4)
 
 
@@ -79,4 +79,4 @@ class SSDLiteHead(SSDHead):
 def _join(maps: List[Tensor], size: int) -> Tensor:
     """Maps (N, A * size, H, W) to one (N, R, size); a view of each map if it is channels-last."""
     maps = [x.permute(0, 2, 3, 1).reshape(len(x), -1, size) for x in maps]
-    return torch.cat(maps, dim=1).float()
+    return torch.cat(maps, dim=1)

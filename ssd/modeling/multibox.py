@@ -175,6 +175,7 @@ def multibox_loss(
         Both are 0 for an image without objects (unless ``negatives_without_positives``).
     """
     positive = labels < logits.shape[-1] - 1
+    logits, deltas = logits.float(), deltas.float()
     if score_function == "softmax":
         cls_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         cls_loss = cls_loss.view_as(labels)

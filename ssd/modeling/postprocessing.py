@@ -160,11 +160,12 @@ def _nms_without_waiting(
 def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
     """(N, C, C), 1 where box j comes before box i, is of its class, and overlaps it."""
     x1, y1, x2, y2 = boxes.unbind(-1)
-    width = torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])
-    height = torch.minimum(y2[:, :, None], y2[:, None]) - torch.maximum(y1[:, :, None], y1[:, None])
-    both = width.clamp_(min=0) * height.clamp_(min=0)
-    area = (x2 - x1) * (y2 - y1)
-    found = (both / (area[:, :, None] + area[:, None] - both) > nms_thresh).tril(-1)
+    width = torch.minimum(x2[:, :, None], x2[:, None])
+    width.sub_(torch.maximum(x1[:, :, None], x1[:, None])).clamp_(min=0)
+    height = torch.minimum(y2[:, :, None], y2[:, None])
+    height.sub_(torch.maximum(y1[:, :, None], y1[:, None])).clamp_(min=0)
+    both, area = width.mul_(height), (x2 - x1) * (y2 - y1)
+    found = (both / (area[:, :, None] + area[:, None]).sub_(both) > nms_thresh).tril_(-1)
     found &= cls[:, :, None] == cls[:, None]
     return found.to(torch.float16 if boxes.is_cuda else boxes.dtype)
 
@@ -294,15 +295,15 @@ def detect(
             first = best_detections(
                 scores, deltas, default_boxes, image_size, output, attempt=attempt, **settings
             )
-        boxes, score, cls, status = first
-        unfinished = []
-        for row, (i, (n, complete)) in enumerate(zip(todo, status.tolist())):
+        *found, status = first
+        unfinished, status = [], status.tolist()  # here the host waits for a GPU
+        for row, (i, boxes, score, cls, (n, complete)) in enumerate(zip(todo, *found, status)):
             if complete:
                 size = tuple(image_size if output_sizes is None else output_sizes[i])
                 results[i] = Instances(size)
-                results[i].pred_boxes = Boxes(boxes[row, :n])
-                results[i].scores = score[row, :n]
-                results[i].pred_classes = cls[row, :n]
+                results[i].pred_boxes = Boxes(boxes[:n])
+                results[i].scores = score[:n]
+                results[i].pred_classes = cls[:n]
             else:
                 unfinished.append(row)
         todo, attempt = [todo[row] for row in unfinished], attempt + 1

@@ -1,5 +1,6 @@
 """SSD: Single Shot MultiBox Detector (arXiv 1512.02325)."""
 
+import functools
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -78,7 +79,11 @@ class SSD(DenseDetector):
         self.input_size = tuple(input_size)
         self.input_format = input_format
         self.num_classes = head.num_classes
-        self.matching, self.loss, self.loss_normalizer = matching, loss, loss_normalizer
+        self.matching, self.loss_normalizer = matching, loss_normalizer
+        self.score_function = loss["score_function"]
+        # what MODEL.COMPILE replaces
+        self.multibox_loss = functools.partial(multibox_loss, **loss)
+        self.best_detections = best_detections
         self.box_weight, self.detection = box_weight, detection
         # on the device: a list would have to be copied there in each step
         weights = torch.tensor(bbox_reg_weights)
@@ -169,7 +174,7 @@ class SSD(DenseDetector):
             (x.get("height", height), x.get("width", width))
             for x, (height, width) in zip(batched_inputs, images.image_sizes)
         ]
-        output = self._to_device(output_transform(sizes, self.input_size))
+        output = output_transform(sizes, self.input_size).to(self.device, non_blocking=True)
         scores, deltas, *first = self.infer(images.tensor, output)
         first = [x.clone() for x in first]  # a CUDA graph's own are those of the next call, too
         results = self.detect(scores, deltas, sizes, first=first)
@@ -190,7 +195,7 @@ class SSD(DenseDetector):
             features = self.backbone(images)
             features = [features[name] for name in self.head_in_features]
             logits, deltas = self._flatten(self.head(features))
-        scores = self.scores(logits)
+        scores, deltas = self.scores(logits), deltas.float()
         settings = self._detection_settings()
         return (
             scores,
@@ -249,7 +254,7 @@ class SSD(DenseDetector):
         boxes = torch.where(positive[:, :, None], boxes, self.default_boxes)  # offsets 0
         targets = encode_boxes(boxes, self.default_boxes, self.bbox_reg_weights)
 
-        loss_cls, loss_box_reg = multibox_loss(logits, deltas, labels, targets, **self.loss)
+        loss_cls, loss_box_reg = self.multibox_loss(logits, deltas, labels, targets)
         divisor = loss_divisor(matched, self.loss_normalizer).float()
         if divisor.dim() == 0:  # of the global batch
             if (world_size := comm.get_world_size()) > 1:
@@ -285,10 +290,10 @@ class SSD(DenseDetector):
         }
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Logits (N, R, K + 1) to foreground probabilities (N, R, K)."""
-        if self.loss["score_function"] == "softmax":
-            return logits.softmax(dim=-1)[..., :-1]
-        return logits[..., :-1].sigmoid()
+        """Logits (N, R, K + 1) to foreground probabilities (N, R, K), float32."""
+        if self.score_function == "softmax":
+            return logits.float().softmax(dim=-1)[..., :-1]
+        return logits[..., :-1].float().sigmoid()
 
     def _flatten(self, predictions: Tuple[List[Tensor], List[Tensor]]) -> Tuple[Tensor, Tensor]:
         logits, deltas = self.head.flatten(*predictions)
