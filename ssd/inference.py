@@ -80,9 +80,11 @@ class CudaGraph:
     def __call__(self, *args: Tensor) -> Tuple[Tensor, ...]:
         key = tuple((x.shape, x.dtype) for x in args)
         if key not in self._graphs:
+            stream = torch.cuda.current_stream()
             try:
                 self._graphs[key] = self._record(args)
             except RuntimeError as error:
+                torch.cuda.set_stream(stream)  # not the recording one
                 logger.warning("TEST.CUDA_GRAPH isn't used for %s: %s", key, error)
                 self._graphs[key] = None
         if self._graphs[key] is None:
@@ -102,7 +104,8 @@ class CudaGraph:
                 self._function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads (a loader's, the compiler's) may allocate meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._function(*inputs)
         self._pool = graph.pool()
         return graph, inputs, outputs

@@ -80,29 +80,31 @@ def select_candidates(
     num_boxes, num_classes = scores.shape[1:]
     image = torch.arange(len(scores), device=scores.device)[:, None]
     # the best pairs are among those of the best boxes
-    best = scores.amax(dim=-1)
-    near = _best(best, score_thresh, count).sort()[0]
-    scores = scores[image, near].flatten(1)
-    pair = _best(scores, score_thresh, count)
-    box, cls, scores = near.gather(1, pair // num_classes), pair % num_classes, scores[image, pair]
+    number = torch.arange(num_boxes * num_classes, device=scores.device).view(-1, num_classes)
+    near = _best(scores.amax(dim=-1), number[:, 0], score_thresh, count, sorted=False)
+    scores, number = scores[image, near].flatten(1), number[near].flatten(1)
+    best = _best(scores, number, score_thresh, count)
+    scores, number = scores[image, best], number[image, best]
+    box, cls = number // num_classes, number % num_classes
     over = scores > score_thresh
     complete = over.sum(dim=1) < count
-    if pair.shape[1] > topk:
+    if box.shape[1] > topk:
         over &= rank_in_group(group.expand(num_boxes, num_classes)[box, cls]) < topk
     return box, cls, scores, over, complete
 
 
-def _best(scores: Tensor, score_thresh: float, count: int) -> Tensor:
-    """(N, C) indices of the ``count`` best of (N, P) scores, by falling score, then by index; those
-    not over the threshold come last, and on a CPU only if another row has more over it."""
+def _best(
+    scores: Tensor, number: Tensor, score_thresh: float, count: int, sorted: bool = True
+) -> Tensor:
+    """(N, C) indices of the ``count`` best of (N, P) scores, by falling score, then by ``number``;
+    those not over the threshold come last, and on a CPU only if another row has more over it."""
     over = scores > score_thresh
     # a GPU would have to be waited for
     most = over.shape[1] if over.is_cuda else int(over.sum(dim=1).max())
-    # A float32's bits are in the order of the numbers. With the index as lower digits no two keys
+    # A float32's bits are in the order of the numbers. With lower digits that differ no two keys
     # are equal: topk doesn't keep the order of equal ones.
     bits = torch.where(over, scores.float(), -1).view(torch.int32)
-    keys = (bits.long() << 32) - torch.arange(scores.shape[1], device=scores.device)
-    return keys.topk(min(count, most))[1]
+    return ((bits.long() << 32) - number).topk(min(count, most), sorted=sorted)[1]
 
 
 def _nms_per_class(
@@ -147,14 +149,14 @@ def _nms_without_waiting(
         which are kept (N, C), and for which images that is settled (N,).
     """
     boxes = torch.where(valid[..., None], boxes, 0).nan_to_num(nan=0.0).clamp(-_FAR, _FAR)
-    step = max(1, 2**24 // max(1, cls.shape[1]) ** 2)  # bounds the memory
-    overlap = [_suppresses(*part, nms_thresh) for part in zip(boxes.split(step), cls.split(step))]
-    overlap = torch.cat(overlap) if overlap else boxes.new_zeros(0, cls.shape[1], cls.shape[1])
-    kept = valid
-    for _ in range(_NMS_PASSES):
-        before = kept
-        kept = valid & ((overlap @ kept[..., None].to(overlap.dtype))[..., 0] == 0)
-    return kept, (kept == before).all(dim=1)
+    step = max(1, 2**27 // max(1, cls.shape[1]) ** 2)  # bounds the memory
+    parts = zip(boxes.split(step), cls.split(step))
+    suppresses = torch.cat([_suppresses(*part, nms_thresh) for part in parts])
+    rule = valid[..., None].to(suppresses.dtype)
+    kept = rule
+    for _ in range(_NMS_PASSES):  # 1 - 0 is kept, 1 - the number that suppress it isn't
+        before, kept = kept, torch.baddbmm(rule, suppresses, kept, alpha=-1).relu_()
+    return kept[..., 0] > 0, (kept == before).flatten(1).all(dim=1)
 
 
 def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
@@ -300,10 +302,10 @@ def detect(
         for row, (i, boxes, score, cls, (n, complete)) in enumerate(zip(todo, *found, status)):
             if complete:
                 size = tuple(image_size if output_sizes is None else output_sizes[i])
-                results[i] = Instances(size)
-                results[i].pred_boxes = Boxes(boxes[:n])
-                results[i].scores = score[:n]
-                results[i].pred_classes = cls[:n]
+                if n < len(cls):
+                    boxes, score, cls = boxes[:n], score[:n], cls[:n]
+                fields = {"pred_boxes": Boxes(boxes), "scores": score, "pred_classes": cls}
+                results[i] = Instances(size, **fields)
             else:
                 unfinished.append(row)
         todo, attempt = [todo[row] for row in unfinished], attempt + 1

@@ -200,7 +200,7 @@ class SSD(DenseDetector):
         return (
             scores,
             deltas,
-            *best_detections(
+            *self.best_detections(
                 scores, deltas, self.default_boxes, self.input_size, output, **settings
             ),
         )
@@ -238,11 +238,31 @@ class SSD(DenseDetector):
         """Losses of N images, divided over the global batch.
 
         Args:
+            gt_instances: see :meth:`losses`.
+
+        Returns:
+            ``loss_cls`` and ``loss_box_reg``.
+        """
+        losses, divisor = self.losses(predictions, gt_instances)
+        divisor = divisor.float()
+        if divisor.dim() == 0:  # of the global batch
+            if (world_size := comm.get_world_size()) > 1:
+                torch.distributed.all_reduce(divisor)
+                divisor = divisor / world_size  # DistributedDataParallel averages the gradients
+            divisor = divisor.clamp(min=1.0 / world_size)
+        return {name: (loss / divisor).sum() for name, loss in losses.items()}
+
+    def losses(
+        self, predictions: Tuple[List[Tensor], List[Tensor]], gt_instances: List[Instances]
+    ) -> Tuple[Dict[str, Tensor], Tensor]:
+        """Losses of each of N images, not yet divided.
+
+        Args:
             gt_instances: ``gt_boxes`` in the given image's pixels and ``gt_classes`` in [0, K);
                 those without area are ignored. An image may have none.
 
         Returns:
-            ``loss_cls`` and ``loss_box_reg``.
+            ``loss_cls`` and ``loss_box_reg``, (N,) each, and :func:`loss_divisor` of these images.
         """
         logits, deltas = self._flatten(predictions)
         gt_boxes, gt_classes, gt_valid = self._pad_ground_truth(gt_instances)
@@ -255,16 +275,8 @@ class SSD(DenseDetector):
         targets = encode_boxes(boxes, self.default_boxes, self.bbox_reg_weights)
 
         loss_cls, loss_box_reg = self.multibox_loss(logits, deltas, labels, targets)
-        divisor = loss_divisor(matched, self.loss_normalizer).float()
-        if divisor.dim() == 0:  # of the global batch
-            if (world_size := comm.get_world_size()) > 1:
-                torch.distributed.all_reduce(divisor)
-                divisor = divisor / world_size  # DistributedDataParallel averages the gradients
-            divisor = divisor.clamp(min=1.0 / world_size)
-        return {
-            "loss_cls": (loss_cls / divisor).sum(),
-            "loss_box_reg": self.box_weight * (loss_box_reg / divisor).sum(),
-        }
+        losses = {"loss_cls": loss_cls, "loss_box_reg": self.box_weight * loss_box_reg}
+        return losses, loss_divisor(matched, self.loss_normalizer)
 
     def forward_inference(
         self,
