@@ -1,10 +1,12 @@
-"""Detections of single images, with the weights of any lineage."""
+"""Detections of images, with the weights of any lineage."""
 
-from typing import Dict, Union
+import os
+from typing import Dict, List, Sequence, Union
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -24,8 +26,8 @@ class Predictor(DefaultPredictor):
     Attributes:
         cfg: a copy of the config.
         model: in evaluation mode, see :func:`ssd.inference.optimize`.
-        metadata: of ``DATASETS.TEST``'s first data set, if there is one; with COCO's or VOC's class
-            names where it has none yet.
+        metadata: of ``DATASETS.TEST``'s first data set, if there is one, with the class names of
+            its JSON; if that isn't there, with COCO's or VOC's for as many classes.
 
     Example::
 
@@ -49,10 +51,7 @@ class Predictor(DefaultPredictor):
         SSDCheckpointer(model, cfg=self.cfg, strict=True).load(cfg.MODEL.WEIGHTS)
         self.model = optimize(model.eval(), self.cfg)
         if cfg.DATASETS.TEST:
-            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-            if not self.metadata.get("thing_classes"):  # as long as its JSON isn't read
-                names = known_classes(cfg.MODEL.SSD.NUM_CLASSES)
-                self.metadata = Metadata(thing_classes=names) if names else self.metadata
+            self.metadata = _metadata(cfg.DATASETS.TEST[0], cfg.MODEL.SSD.NUM_CLASSES)
         side = cfg.INPUT.MIN_SIZE_TEST  # 0 in the labs: the model itself resizes, on its device
         self.aug = ResizeShortestEdge([side, side], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
@@ -69,11 +68,43 @@ class Predictor(DefaultPredictor):
         Raises:
             ValueError: for something else than an image of three channels.
         """
-        shape = getattr(original_image, "shape", None)
-        if shape is None or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-            raise ValueError(
-                "Predictor needs an image (height, width, 3) in BGR order, got "
-                f"{type(original_image).__name__ if shape is None else f'shape {shape}'}; "
-                "cv2.imread gives None for a file that it can't read"
-            )
-        return super().__call__(original_image)
+        return self.batch([original_image])[0]
+
+    def batch(self, images: Sequence[np.ndarray]) -> List[Dict[str, Instances]]:
+        """As calls with each of the images, which may have different sizes, but in one batch.
+
+        Without images an empty list.
+        """
+        inputs = []
+        for image in images:
+            shape = getattr(image, "shape", None)
+            if shape is None or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+                raise ValueError(
+                    "Predictor needs an image (height, width, 3) in BGR order, got "
+                    f"{type(image).__name__ if shape is None else f'shape {shape}'}; "
+                    "cv2.imread gives None for a file that it can't read"
+                )
+            height, width = shape[:2]
+            if self.input_format == "RGB":
+                image = image[:, :, ::-1]
+            image = self.aug.get_transform(image).apply_image(image)
+            image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            inputs.append({"image": image, "height": height, "width": width})
+        if not inputs:
+            return []
+        with torch.no_grad():
+            return self.model(inputs)
+
+
+def _metadata(name: str, num_classes: int) -> Metadata:
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes"):
+        return metadata
+    if os.path.isfile(metadata.get("json_file", "")):
+        DatasetCatalog.get(name)  # sets the names
+        return metadata
+    names = known_classes(num_classes)
+    if not names:
+        return metadata
+    labels = {i + 1: i for i in range(90)} if len(names) == 90 else None  # class i is COCO's i + 1
+    return Metadata(thing_classes=names, thing_dataset_id_to_contiguous_id=labels)

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -14,6 +15,7 @@ import ssd
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.checkpoint.published import PUBLISHED
+from ssd.data.datasets import register_datasets
 
 
 @pytest.fixture
@@ -63,6 +65,31 @@ def test_is_the_model_on_the_image_in_the_configs_order(cfg, image, order, short
             (expected,) = predictor.model([{"image": inputs}])
         assert actual.image_size == (120, 160)
         assert_detections_equal(actual, expected["instances"])
+
+
+def test_a_batch_is_each_of_its_images(cfg, image):
+    predictor = ssd.Predictor(cfg)
+    images = [image, image[:50, ::-1], image[20:116, 30:126]]  # the last of the network's size
+    found = predictor.batch(images)
+    assert len(found) == 3 and predictor.batch([]) == []
+    for given, output in zip(images, found):
+        assert output["instances"].image_size == given.shape[:2]
+        assert_detections_equal(output["instances"], predictor(given)["instances"])
+    with pytest.raises(ValueError, match="NoneType"):
+        predictor.batch([image, None])
+
+
+def test_class_names_are_read_from_the_test_sets_json(cfg, datasets_folder):
+    cfg = cfg.clone()
+    cfg.defrost()
+    entry = {"FORMAT": "coco", "ROOT": "shapes", "ANNOTATIONS": "val.json", "IMAGES": "val/images"}
+    cfg.DATASETS.REGISTER.t_without_classes = CfgNode(entry)
+    cfg.DATASETS.TEST = ("t_without_classes",)
+    register_datasets(cfg)
+    assert MetadataCatalog.get("t_without_classes").get("thing_classes") is None
+    metadata = ssd.Predictor(cfg).metadata
+    assert metadata.thing_classes == "ellipse rectangle triangle star cross ring".split()
+    assert metadata.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(6)}
 
 
 def test_a_lab_without_a_data_set_has_no_metadata(cfg, image):
@@ -125,6 +152,7 @@ def test_another_lineages_published_weights_by_name(image, tmp_path, monkeypatch
     # the data set itself has names only when its JSON has been read
     assert predictor.metadata.thing_classes[:2] == ["person", "bicycle"]
     assert len(predictor.metadata.thing_classes) == 90
+    assert predictor.metadata.thing_dataset_id_to_contiguous_id[90] == 89
 
     with torch.no_grad():
         (expected,) = theirs([rgb])

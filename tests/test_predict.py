@@ -1,0 +1,105 @@
+"""python -m ssd.predict, and the functions that it shares with the tools."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from ssd import model_zoo
+from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.published import PUBLISHED
+from ssd.predict import draw_boxes, find_images, output_paths, write_image
+
+
+def test_command_with_published_weights(repo, tmp_path):
+    """A file of the published name in the current folder is taken for it: random weights."""
+    name = "ssdlite_mobilenetv2_voc0712_lufficc"
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    torch.manual_seed(0)
+    model = build_model(model_zoo.get_config(name, opts=opts))
+    with torch.no_grad():  # some detections
+        model.head.cls_predictors[-1][-1].bias[7] = 5
+    SSDCheckpointer(model, str(tmp_path)).save(Path(PUBLISHED[name].file_name).stem)
+    cv2.imwrite(str(tmp_path / "photo.jpg"), np.full((60, 80, 3), 90, np.uint8))
+    done = subprocess.run(
+        [sys.executable, "-m", "ssd.predict", name, "photo.jpg", "none.jpg", "--output", "new"],
+        env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "none.jpg does not exist" in done.stderr
+    title, header, row, *rows = done.stdout.splitlines()
+    assert title == f"photo.jpg: {len(rows) + 1} detections"
+    assert header.split() == "score x1 y1 x2 y2 class".split()
+    score, x1, y1, x2, y2, label = row.split()
+    assert float(score) > 0.5 and label == "cat"
+    assert 0 <= int(x1) < int(x2) <= 80 and 0 <= int(y1) < int(y2) <= 60
+    assert cv2.imread(str(tmp_path / "new" / "photo.jpg")).shape == (60, 80, 3)
+
+
+def test_files_folders_and_patterns(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/2.jpg", "a/1.PNG", "a/notes.txt", "a/b/3.jpg", "[x].jpg", "empty/notes.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    assert find_images(["a"]) == ["a/1.PNG", "a/2.jpg"]
+    assert find_images(["a/**/*.jpg"]) == ["a/2.jpg", "a/b/3.jpg"]
+    assert find_images(["a/2.jpg", "./a/2.jpg", "a"]) == ["a/2.jpg", "a/1.PNG"]
+    assert find_images(["[x].jpg"]) == ["[x].jpg"]  # a file, no pattern
+    assert not caplog.messages
+    assert find_images(["empty", "*.gif"]) == []
+    assert caplog.messages == ["empty: no image", "*.gif: no image"]
+    assert find_images(["missing.jpg"]) == ["missing.jpg"]  # reading it says that it isn't there
+
+
+def test_pictures_keep_names_and_never_overwrite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert output_paths(["a/x.jpg", "a/y.jpg"], "out") == {
+        "a/x.jpg": "out/x.jpg", "a/y.jpg": "out/y.jpg",
+    }  # fmt: skip
+    same_name = output_paths(["a/x.jpg", "a/b/x.jpg"], "out")
+    assert list(same_name.values()) == ["out/x.jpg", "out/b/x.jpg"]
+    assert output_paths(["a/x.jpg"], "new.png") == {"a/x.jpg": "new.png"}
+    assert output_paths([], "out") == {}
+    with pytest.raises(ValueError, match="new.png is a file, but there are 2 images"):
+        output_paths(["a/x.jpg", "a/y.jpg"], "new.png")
+    for output in ("a", "./a/x.jpg"):
+        with pytest.raises(ValueError, match="would overwrite the image a/x.jpg"):
+            output_paths(["a/x.jpg"], output)
+
+
+def test_formats_that_cannot_be_written_become_png(tmp_path):
+    path = write_image(str(tmp_path / "new" / "x.svg"), np.zeros((4, 5, 3), np.uint8))
+    assert path.endswith("x.svg.png") and cv2.imread(path).shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_boxes_are_drawn_where_they_are(scale):
+    image = np.full((100, 120, 3), 10, np.uint8)
+    boxes = np.array([[20.0, 30, 60, 80], [70, 40, 110, 90]])
+    picture = draw_boxes(image, boxes, [0, 1], ["", ""], scale)
+    assert picture.shape == (100 * scale, 120 * scale, 3)
+    changed = (picture != 10).any(axis=2)
+    assert not changed[50 * scale, 40 * scale] and not changed[95 * scale, 10 * scale]
+    colors = []
+    for x1, y1, x2, y2 in (boxes * scale).astype(int):
+        for x, y in ((x1, (y1 + y2) // 2), (x2, (y1 + y2) // 2), ((x1 + x2) // 2, y2)):
+            assert picture[y, x].max() > 200, (x, y)
+        colors.append(picture[(y1 + y2) // 2, x1].astype(int))
+    assert abs(colors[0] - colors[1]).max() > 50  # classes differ
+    labelled = draw_boxes(image, boxes, [0, 1], ["cat", "a long name at the edge"], scale)
+    text = (labelled != picture).any(axis=(1, 2))
+    assert text[: 40 * scale].any() and not text[50 * scale :].any()
+
+
+def test_without_boxes_the_image_stays():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    assert (draw_boxes(image, np.zeros((0, 4)), [], []) == image).all()
