@@ -1,0 +1,372 @@
+"""tools/doctor.py on copies of rendered shapes that are damaged in one way each."""
+
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from ssd.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import doctor  # noqa: E402
+from dataset_checks import reading  # noqa: E402
+
+
+class Lab:
+    """A config whose training and test sets are copies of 12 and 4 images of shapes."""
+
+    def __init__(self, folder, shapes, capsys):
+        self.folder, self.capsys = folder, capsys
+        for split, name in (("train", "train"), ("val", "test")):
+            shutil.copytree(shapes / split / "images", folder / name)
+            setattr(self, name, json.loads((shapes / f"{split}.json").read_text()))
+        entries = {
+            f"doctor_{name}": {"FORMAT": "coco", "ROOT": ".", "ANNOTATIONS": f"{name}.json",
+                               "IMAGES": name}
+            for name in ("train", "test")
+        }  # fmt: skip
+        self.config = folder / "config.yaml"
+        keys = {"_BASE_": str(ROOT / "labs/quickstart/config.yaml")}
+        datasets = {"TRAIN": ["doctor_train"], "TEST": ["doctor_test"], "REGISTER": entries}
+        self.config.write_text(json.dumps({**keys, "DATASETS": datasets}))
+
+    def image(self, number, name="train"):
+        return self.folder / name / f"{number:06d}.jpg"
+
+    def objects(self, number):
+        """The annotations of a training image."""
+        return [a for a in self.train["annotations"] if a["image_id"] == number + 1]
+
+    def write(self):
+        for name in ("train", "test"):
+            (self.folder / f"{name}.json").write_text(json.dumps(getattr(self, name)))
+
+    def check(self, *opts, fix=None, dataset=None):
+        """What the doctor prints about the training set and both sets together."""
+        self.write()
+        self.report = doctor.Report(show=5)
+        args = Namespace(config_file=str(self.config), opts=list(opts), fix=fix, dataset=dataset)
+        doctor.check_lab(args, self.report)
+        text = self.capsys.readouterr().out
+        return re.sub(r"(?ms)^doctor_test .*?^training", "training", text)
+
+
+@pytest.fixture
+def lab(datasets_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    yield Lab(tmp_path, datasets_folder / "shapes", capsys)
+    for name in ("doctor_train", "doctor_test"):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+def finding(text, pattern):
+    """(level, lines below) of the only verdict whose text matches."""
+    verdicts = re.findall(r"(?m)^  (OK|WARNING|ERROR) +(.*)\n((?: {9,}.*\n)*)", text)
+    found = [(level, below) for level, line, below in verdicts if re.search(pattern, line)]
+    assert len(found) == 1, text
+    return found[0]
+
+
+def test_sound_data_has_no_error(lab):
+    text = lab.check()
+    assert lab.report.counts["ERROR"] == 0
+    assert finding(text, "files: all 16 readable")[0] == "OK"
+    assert finding(text, r"boxes: \d+ inside their images, none twice")[0] == "OK"
+    assert finding(text, "doctor_train and doctor_test: no image in both")[0] == "OK"
+    counts = np.bincount([a["category_id"] for a in lab.train["annotations"]], minlength=7)[1:]
+    assert f"classes: {sum(0 < counts) - sum(counts >= 20)} with fewer than 20 objects" in text
+    assert re.search(rf"(?m)^  ellipse +\d+ +{counts[0]} +{counts[0] / counts.sum():.1%}", text)
+
+
+def test_unreadable_files(lab):
+    data = lab.image(0).read_bytes()
+    lab.image(0).write_bytes(data[: len(data) // 2])
+    lab.image(1).write_bytes(b"")
+    lab.image(2).write_bytes(b"no image")
+    lab.image(3).unlink()
+    level, below = finding(lab.check(), "files: 4 can't be read")
+    assert level == "ERROR"
+    for number, reason in enumerate(["truncated", "empty", "no readable", "No such file"]):
+        assert re.search(rf"(?m)^.*{reason}.*{number:06d}.jpg|{number:06d}.jpg.*{reason}", below)
+
+
+def test_size_of_annotation_and_file(lab):
+    lab.train["images"][2]["width"] += 1
+    level, below = finding(lab.check(), "files: 1 of another size than annotated")
+    image = lab.train["images"][2]
+    size = f"{image['width'] - 1}x{image['height']}"
+    assert level == "ERROR"
+    assert f"000002.jpg: annotated {image['width']}x{image['height']}, the file has {size}" in below
+
+
+def turn(path, orientation):
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        image.load()
+        image.save(path, exif=exif, quality=95)
+
+
+def test_exif(lab):
+    images = lab.train["images"]
+    turn(lab.image(0), 6)
+    images[0]["width"], images[0]["height"] = images[0]["height"], images[0]["width"]
+    text = lab.check()
+    assert finding(text, "EXIF: 1 are turned by it, and annotated so")[0] == "OK"
+    assert "files: all 16" in text
+    turn(lab.image(1), 8)  # annotated as stored
+    turn(lab.image(2), 3)
+    text = lab.check()
+    level, below = finding(text, "EXIF: 1 were annotated unturned")
+    assert level == "WARNING" and "000001.jpg" in below
+    level, below = finding(text, "EXIF: 1 are turned without a change of size")
+    assert level == "WARNING" and "000002.jpg: orientation 3" in below
+
+
+def test_copies_within_a_set_and_between_sets(lab):
+    shutil.copy(lab.image(0), lab.image(1))
+    lab.train["images"][1].update(lab.train["images"][0], id=2, file_name="000001.jpg")
+    shutil.copy(lab.image(5), lab.image(1, "test"))
+    lab.test["images"][1].update(lab.train["images"][5], id=2, file_name="000001.jpg")
+    picture = cv2.imread(str(lab.image(8)))  # half as large, brighter and compressed anew
+    picture = cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    picture = cv2.convertScaleAbs(picture, alpha=1.1, beta=10)
+    cv2.imwrite(str(lab.image(2, "test")), picture, [cv2.IMWRITE_JPEG_QUALITY, 70])
+    lab.test["images"][2].update(height=picture.shape[0], width=picture.shape[1])
+    text = lab.check()
+    level, below = finding(text, "copies: 1 files are there more than once")
+    assert level == "WARNING" and "000000.jpg = 000001.jpg" in below
+    level, below = finding(text, "1 files are in both")
+    assert level == "ERROR" and "000005.jpg = 000001.jpg" in below
+    level, below = finding(text, "1 pairs of images look alike")
+    assert level == "WARNING" and "000008.jpg ~ 000002.jpg" in below
+
+
+def test_box_defects(lab):
+    nan, flat, outside, beyond, twin, rival, whole = (
+        copy.deepcopy(lab.objects(0)[0]) for _ in "abcdefg"
+    )
+    image = lab.train["images"][0]
+    x, y, w, h = nan["bbox"]
+    nan["bbox"][0] = float("nan")
+    flat["bbox"][2] = 0
+    outside["bbox"][0] = image["width"] + 5
+    beyond["bbox"] = [image["width"] - 5, 3, 10, 10]
+    rival["category_id"] = rival["category_id"] % 6 + 1
+    whole["bbox"] = [0, 0, image["width"], image["height"]]
+    last = len(lab.train["annotations"])
+    for number, defect in enumerate((nan, flat, outside, beyond, twin, rival, whole)):
+        lab.train["annotations"].append({**defect, "id": last + 1 + number})
+    text, first = lab.check(), len(lab.objects(0)) - 7  # number of nan among the image's objects
+    level, below = finding(text, "boxes: 3 without area or outside the image")
+    assert level == "WARNING"
+    assert re.findall(r"object (\d+) \(\w+\) (\w+)", below) == [
+        (str(first), "isn"), (str(first + 1), "has"), (str(first + 2), "lies")
+    ]  # fmt: skip
+    corners = [image["width"] - 5.0, 3.0, image["width"] + 5.0, 13.0]
+    assert f"{corners} in {image['width']}x" in finding(text, "boxes: 1 reach beyond")[1]
+    twice = f"object {first + 4} .*, as object 0"
+    assert re.search(twice, finding(text, "boxes: 1 have the class and place of another")[1])
+    twice = f"object {first + 5} .*, as object 0"
+    assert re.search(twice, finding(text, "boxes: 1 have the place of another class's")[1])
+    level, below = finding(text, "boxes: 1 cover the whole image")
+    assert level == "WARNING" and f"object {first + 6}" in below  # more than 5 % of 16 images
+
+
+def test_corners_in_place_of_width_and_height(lab):
+    for annotation in lab.train["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+    assert "would fit as x1, y1, x2, y2" in finding(lab.check(), "reach beyond the image")[1]
+
+
+def test_classes_and_objects(lab):
+    lab.train["categories"].append({"id": 7, "name": "moon"})
+    lab.test["categories"].append({"id": 7, "name": "moon"})
+    for annotation in list(lab.objects(0)):
+        lab.train["annotations"].remove(annotation)
+    box = lab.objects(1)[0]["bbox"]
+    box[2], box[3] = 3, 3  # under 2 pixels of the input
+    most = max(len(lab.objects(i)) for i in range(16))
+    text = lab.check("MODEL.SSD.NUM_CLASSES", "7", "TEST.DETECTIONS_PER_IMAGE", str(most - 1))
+    level, below = finding(text, "classes: 1 without any object")
+    assert level == "WARNING" and "moon" in below
+    level, below = finding(text, rf"images have more than {most - 1}")
+    assert level == "WARNING" and f".jpg: {most} objects" in below
+    level, below = finding(text, "objects: 1 images have none")
+    assert level == "OK" and "000000.jpg" in below and "NEGATIVES_WITHOUT_POSITIVES" in below
+    total = len(lab.train["annotations"])
+    assert f"{1 / total:.1%} under 8 px, at the input's 160x160" in text
+    text = lab.check("MODEL.SSD.DEFAULT_BOXES.MIN_SIZES", "[90,95,100,110]",
+                     "MODEL.SSD.NUM_CLASSES", "7")  # fmt: skip
+    level, below = finding(text, "smallest default box, 90 px")
+    assert level == "WARNING" and re.search(r"ellipse: \d+% can't reach IoU 0.5", below)
+    assert "MIN_SIZES" in below
+
+
+def test_class_count_and_misspelt_keys(lab):
+    level, _ = finding(lab.check("MODEL.SSD.NUM_CLASSES", "5"), "6 classes .*NUM_CLASSES is 5")
+    assert level == "ERROR"
+    text = lab.check("MODEL.SSD.NUM_CLASS", "5")
+    assert finding(text, "unknown config key MODEL.SSD.NUM_CLASS")[0] == "ERROR"
+
+
+@pytest.mark.parametrize(
+    "change, level, text, place",
+    [
+        ({"image_id": 99}, "WARNING", "1 annotations of unknown images", "annotation 1"),
+        ({"category_id": 9}, "ERROR", "1 annotations of unknown categories", "category 9"),
+        ({"bbox": []}, "ERROR", "1 annotations without bbox", "000000.jpg: annotation 1"),
+        ({"id": 2}, "ERROR", "1 annotations with the id of another", "annotation 2"),
+        ({"ignore": 1}, "ERROR", "1 annotations with ignore: 1", "annotation 1"),
+        ({"segmentation": [[1, 2]]}, "WARNING", "1 annotations whose segmentation", "annotation 1"),
+    ],
+)
+def test_broken_coco_annotations(lab, change, level, text, place):
+    """Each is a verdict; the ERRORs are what Detectron2's reader stops at."""
+    lab.train["annotations"][0].update(change)
+    printed = lab.check()
+    found, below = finding(printed, text)
+    assert (found, place in below) == (level, True)
+    assert ("can't be loaded" in printed) == (level == "ERROR")
+
+
+def test_broken_coco_images_and_files(lab):
+    del lab.train["images"][0]["width"]
+    lab.train["images"][1]["id"] = 3
+    text = lab.check()
+    assert "000000.jpg" in finding(text, "1 images without height or width")[1]
+    assert "000002.jpg: id 3" in finding(text, "1 images with the id of another")[1]
+    lab.train = []
+    assert finding(lab.check(), "train.json is no COCO file")[0] == "ERROR"
+
+
+def test_fix_loads_and_is_sound(lab, monkeypatch):
+    """A copy of a set with every kind of damage has no ERROR and keeps the sound boxes."""
+    images = lab.train["images"]
+    lab.image(0).write_bytes(b"")
+    shutil.copy(lab.image(1), lab.image(2))  # copies: within the set …
+    images[2].update(images[1], id=3, file_name="000002.jpg")
+    shutil.copy(lab.image(3), lab.image(0, "test"))  # … and in the test set
+    lab.test["images"][0].update(images[3], id=1, file_name="000000.jpg")
+    images[4]["height"], images[4]["width"] = images[4]["height"] * 2, images[4]["width"] * 2
+    for annotation in lab.objects(4):
+        annotation["bbox"] = [2 * value for value in annotation["bbox"]]
+    images[5]["height"], images[5]["width"] = images[5]["width"], images[5]["height"]
+    images[6]["width"] += 40  # cut since
+    lab.objects(7)[0]["bbox"][2] = 0
+    lab.objects(8)[0]["bbox"][0] = -3
+    lab.objects(9)[0]["category_id"] = 9
+    lab.write()
+    before = (lab.folder / "train.json").read_text()
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))
+    assert (lab.folder / "train.json").read_text() == before
+    for line in (
+        "000000.jpg: left out, it can't be read",
+        "000002.jpg: left out, a copy of 000001.jpg",
+        "000003.jpg: left out, a test set has it, too",
+        "its boxes scaled",
+        "the sides were exchanged",
+        "000006.jpg: left out, annotated",
+        "000007.jpg: object 0 left out, without area in the image",
+        "000008.jpg: object 0 clipped from [-3.0",
+    ):
+        assert line in text
+    entry = re.search(r"use it in DATASETS.REGISTER with doctor_train: \{(.*)\}", text)[1]
+    entry = dict(pair.split(": ") for pair in entry.split(", "))
+    assert entry["FORMAT"] == "coco"
+    opts = sum(([f"DATASETS.REGISTER.doctor_train.{k}", v] for k, v in entry.items()), [])
+    load_config(str(lab.config), opts)
+    records = {Path(r["file_name"]).name: r for r in DatasetCatalog.get("doctor_train")}
+    assert sorted(records) == [f"{i:06d}.jpg" for i in range(16) if i not in (0, 2, 3, 6)]
+    assert [len(records[f"{i:06d}.jpg"]["annotations"]) - len(lab.objects(i))
+            for i in (1, 4, 7, 8, 9, 10)] == [0, 0, -1, 0, -1, 0]  # fmt: skip
+    for annotation, old in zip(records["000004.jpg"]["annotations"], lab.objects(4)):
+        np.testing.assert_allclose(annotation["bbox"], np.array(old["bbox"]) / 2)
+        assert annotation["category_id"] == old["category_id"] - 1
+    lab.check(*opts)
+    assert lab.report.counts["ERROR"] == 0
+
+
+def test_fix_of_voc(bccd, tmp_path, monkeypatch, capsys):
+    """BCCD's copy has all boxes but the two without area."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(bccd))
+    config, out = ROOT / "labs/bccd_ssdlite_mobilenetv2/config.yaml", tmp_path / "cleaned.json"
+    opts = ["DATASETS.TEST", "()"]
+    report = doctor.Report(show=5)
+    args = Namespace(config_file=str(config), opts=opts, fix=str(out), dataset=None)
+    doctor.check_lab(args, report)
+    text = capsys.readouterr().out
+    assert "BloodImage_00338.jpg: object 12 (RBC) has zero width" in text
+    assert report.counts == {"OK": 5, "WARNING": 1, "ERROR": 0}
+    entry = {"FORMAT": "coco", "ROOT": str(bccd / "bccd"), "ANNOTATIONS": str(out)}
+    entry["IMAGES"] = "JPEGImages"
+    keys = {"_BASE_": str(config), "DATASETS": {"REGISTER": {"doctor_train": entry}}}
+    (tmp_path / "config.yaml").write_text(json.dumps(keys))
+    load_config(str(tmp_path / "config.yaml"))
+    records = DatasetCatalog.get("doctor_train")
+    assert sum(len(record["annotations"]) for record in records) == 3943 - 2
+    assert MetadataCatalog.get("doctor_train").thing_classes == ["RBC", "WBC", "Platelets"]
+    DatasetCatalog.pop("doctor_train")
+    MetadataCatalog.pop("doctor_train")
+
+
+def test_kept_category_ids(tmp_path):
+    content = {"images": [], "categories": [{"id": 3, "name": "b"}, {"id": 1, "name": "a"}]}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    assert reading.read_coco(str(path), "", keep_ids=True)[1] == ["a", "id 2", "b"]
+    assert reading.read_coco(str(path), "")[1] == ["a", "b"]
+
+
+def test_exit_codes(lab, monkeypatch):
+    """0 with warnings, 1 with --strict or an error; an existing file is never written over."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["doctor.py", "--config-file", str(lab.config), *options])
+        try:
+            return doctor.main()
+        finally:
+            logging.disable(logging.NOTSET)
+
+    lab.write()
+    assert [run(), run("--strict")] == [0, 1]
+    with pytest.raises(SystemExit):
+        run("--fix", str(lab.folder / "train.json"))
+    lab.image(0).write_bytes(b"")
+    assert run() == 1
+
+
+def test_command(lab):
+    lab.write()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools/doctor.py"), "--config-file", str(lab.config)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"OK +Python [\d.]+, torch [\d.]+", done.stdout)
+    assert "doctor_test (test): 4 images" in done.stdout
+
+
+def test_broken_environment(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so is missing')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tools/doctor.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    level, below = finding(done.stdout, "torch: found one that fails with OSError: libcudart")
+    assert level == "ERROR" and "Mend it with" in below
