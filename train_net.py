@@ -16,6 +16,7 @@ from ssd.engine import (  # noqa: E402
     launch,
     setup,
 )
+from ssd.summary import write_summary  # noqa: E402
 
 
 def main(args):
@@ -23,14 +24,18 @@ def main(args):
     if args.eval_only:
         model = Trainer.build_model(cfg)
         SSDCheckpointer(model, cfg=cfg, strict=True).load(cfg.MODEL.WEIGHTS)
-        results = Trainer.test(cfg, model)
+        trainer, results = None, Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_TTA(cfg, model))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
         model = trainer.evaluated_model
-    if cfg.TEST.VIS_IMAGES and comm.is_main_process():
-        draw_detections(cfg, model)
+    if comm.is_main_process():
+        write_summary(cfg, results, trainer)
+        if cfg.TEST.VIS_IMAGES:
+            draw_detections(cfg, model)
     return results
 
 

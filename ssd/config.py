@@ -214,7 +214,29 @@ def _add_run_keys(cfg: CN) -> None:
     # same results with fewer launches. It holds the memory of its intermediate results.
     cfg.TEST.CUDA_GRAPH = True
     cfg.TEST.BEST_METRIC = ""  # e.g. "bbox/AP50": keep model_best.pth by this metric
-    cfg.TEST.VIS_IMAGES = 0  # this many pictures of detections go to OUTPUT_DIR/detections
+    # PATIENCE > 0: the training ends after this many evaluations in a row (each TEST.EVAL_PERIOD)
+    # without a new best value of BEST_METRIC.
+    cfg.TEST.EARLY_STOPPING = CN({"PATIENCE": 0})
+    # Iterations between computations of the losses of the test sets without augmentation, written
+    # as validation/loss_cls, validation/loss_box_reg and validation/total_loss; with several test
+    # sets as validation/NAME/…. 0: never.
+    cfg.TEST.LOSS_PERIOD = 0
+    # With TEST.AUG.ENABLED there is a second evaluation, bbox_TTA …, at the end of a training and
+    # with --eval-only: the detections of the image, with TEST.AUG.FLIP also of its mirror image,
+    # and with CROPS [rows, columns] also of the parts of a grid, each filling the network's input,
+    # which helps small objects. Neighbouring parts share CROP_OVERLAP of a part's side.
+    # Detectron2's TEST.AUG.MIN_SIZES and MAX_SIZE have no effect.
+    cfg.TEST.AUG.CROPS = [1, 1]
+    cfg.TEST.AUG.CROP_OVERLAP = 0.25
+    # This many pictures of detections go to OUTPUT_DIR/detections. (Detectron2's VIS_PERIOD > 0:
+    # every so many iterations TensorBoard gets augmented inputs with ground truth and detections.)
+    cfg.TEST.VIS_IMAGES = 0
+
+    # Weights & Biases (pip install wandb) gets the scalars and, with VIS_PERIOD, the pictures of a
+    # training, besides TensorBoard. A resumed training is a run of its own, at its iterations.
+    cfg.WANDB = CN({"ENABLED": False})
+    cfg.WANDB.PROJECT = "ssd"
+    cfg.WANDB.NAME = ""  # of the run; empty: W&B invents one
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:

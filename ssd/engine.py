@@ -1,8 +1,10 @@
-"""Training and evaluation: Detectron2's DefaultTrainer with what SSD's recipes need."""
+"""Training and evaluation: Detectron2's DefaultTrainer with what SSD's recipes need.
+
+The step itself is :mod:`ssd.training_step`, what happens beside it :mod:`ssd.hooks`.
+"""
 
 import inspect
 import logging
-import math
 import os
 import signal
 import time
@@ -11,11 +13,11 @@ from typing import Callable, Dict, List
 
 import cv2
 import torch
+import yaml
 from detectron2.data import MetadataCatalog
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
     default_argument_parser,
@@ -23,23 +25,37 @@ from detectron2.engine import (
 )
 from detectron2.engine import launch as launch_processes
 from detectron2.engine.hooks import EvalHook
+from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
-from torch import Tensor, nn
+from torch import nn
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
+from ssd.data.augmentations import build_augmentations
 from ssd.data.datasets import check_class_count
 from ssd.data.loader import build_test_loader, build_train_loader
-from ssd.data.mapper import read_image
+from ssd.data.mapper import SSDDatasetMapper, read_image
 from ssd.evaluation import build_evaluator
-from ssd.hooks import BestCheckpoint, GracefulStop, WeightAverage
+from ssd.hooks import (
+    BestCheckpoint,
+    EarlyStop,
+    EarlyStopping,
+    GracefulStop,
+    TrainingPictures,
+    WandbWriter,
+    WeightAverage,
+    validation_losses,
+)
 from ssd.inference import compile_network, optimize
 from ssd.solver import build_lr_scheduler, schedule_in_iterations
+from ssd.test_time_augmentation import SSDWithTTA
+from ssd.training_step import TrainingStep
 
-__all__ = ["Trainer", "argument_parser", "draw_detections", "launch", "setup"]
+__all__ = ["Trainer", "TrainingStep", "argument_parser", "draw_detections", "launch", "setup"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +159,7 @@ class Trainer(DefaultTrainer):
     Attributes:
         cfg: the given one with the learning rate, MAX_ITER and STEPS that follow from it and from
             the size of the training set.
+        seconds: that :meth:`train` took.
     """
 
     def __init__(self, cfg):
@@ -178,8 +195,8 @@ class Trainer(DefaultTrainer):
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """What evaluations use: the averaged model with SOLVER.EMA, else the trained one."""
-        return self._average.model if self._average else self.model
+        """What evaluations use: the averaged SSD with SOLVER.EMA, else the trained one."""
+        return self._average.model if self._average else getattr(self.model, "module", self.model)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -208,25 +225,62 @@ class Trainer(DefaultTrainer):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
+    def train(self) -> Dict:
+        """Trains to the last iteration, or until TEST.EARLY_STOPPING ends it.
+
+        Returns:
+            the results of the last evaluation, {} in all but the main process.
+        """
+        start = time.perf_counter()
+        try:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except EarlyStop:
+            pass
+        self.seconds = time.perf_counter() - start
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
     def build_hooks(self) -> List[HookBase]:
+        cfg, test, model = self.cfg, self.cfg.TEST, self.evaluated_model
+
+        def evaluate():
+            self._last_eval_results = self.test(cfg, model)
+            return self._last_eval_results
+
+        def evaluate_with_tta():
+            results = self.test_with_TTA(cfg, model)
+            self._last_eval_results = {**self._last_eval_results, **results}
+            return results
+
         ret = super().build_hooks()
+        writer = [ret.pop()] if comm.is_main_process() else []
+        ret = [EvalHook(test.EVAL_PERIOD, evaluate) if isinstance(x, EvalHook) else x for x in ret]
         if self._average:  # first, for what saves and evaluates after a step
-
-            def evaluate():
-                self._last_eval_results = self.test(self.cfg, self.evaluated_model)
-                return self._last_eval_results
-
-            period = self.cfg.TEST.EVAL_PERIOD
-            ret = [EvalHook(period, evaluate) if isinstance(x, EvalHook) else x for x in ret]
             ret.insert(0, self._average)
-        own = [GracefulStop(self.checkpointer)]
-        if self.cfg.TEST.BEST_METRIC:
-            _check_best_metric(self.cfg)
-        if self.cfg.TEST.BEST_METRIC and comm.is_main_process():
-            metric, period = self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD
-            own.insert(0, BestCheckpoint(period, self.checkpointer, metric))
-        at = len(ret) - comm.is_main_process()  # the main process's last hook writes the metrics
-        return ret[:at] + own + ret[at:]
+        if test.AUG.ENABLED:
+            ret.append(EvalHook(0, evaluate_with_tta))
+        if test.LOSS_PERIOD:
+            ret.append(EvalHook(test.LOSS_PERIOD, lambda: self.test_losses(cfg, model)))
+        if cfg.VIS_PERIOD and comm.is_main_process():
+            metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+            ret.append(TrainingPictures(cfg.VIS_PERIOD, model, metadata))
+        best = None
+        if test.BEST_METRIC or test.EARLY_STOPPING.PATIENCE:
+            _check_best_metric(cfg)
+            if comm.is_main_process():
+                best = BestCheckpoint(test.EVAL_PERIOD, self.checkpointer, test.BEST_METRIC)
+                ret.append(best)
+        if patience := test.EARLY_STOPPING.PATIENCE:
+            ret.append(EarlyStopping(test.EVAL_PERIOD, patience, self.checkpointer, best))
+        return [*ret, GracefulStop(self.checkpointer), *writer]
+
+    def build_writers(self) -> List[EventWriter]:
+        writers, wandb = super().build_writers(), self.cfg.WANDB
+        if wandb.ENABLED:
+            config = yaml.safe_load(self.cfg.dump())
+            writers.insert(0, WandbWriter(self.cfg.OUTPUT_DIR, wandb.PROJECT, wandb.NAME, config))
+        return writers
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
@@ -249,8 +303,56 @@ class Trainer(DefaultTrainer):
         check_class_count(cfg)
         return super().test(cfg, optimize(model, cfg), evaluators)
 
+    @classmethod
+    def test_with_TTA(cls, cfg, model) -> Dict:
+        """:meth:`test` with test-time augmentation (TEST.AUG), as in Detectron2's train_net.py.
+
+        Returns:
+            results as "bbox_TTA" …, or with several test sets as "<name>_TTA".
+        """
+        check_class_count(cfg)
+        model = SSDWithTTA(cfg, optimize(model, cfg))
+        # images in their full size, which crops need
+        mapper = SSDDatasetMapper(is_train=False, augmentations=[], image_format=cfg.INPUT.FORMAT)
+        results = {}
+        for name in cfg.DATASETS.TEST:
+            folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA", name)
+            results[name] = inference_on_dataset(
+                model, build_test_loader(cfg, name, mapper), build_evaluator(cfg, name, folder)
+            )
+            if comm.is_main_process():
+                logger.info("Results for %s with test-time augmentation:", name)
+                print_csv_format(results[name])
+        return {f"{key}_TTA": value for key, value in _single(results).items()}
+
+    @classmethod
+    def test_losses(cls, cfg, model) -> Dict:
+        """The losses of the test sets, see :func:`ssd.hooks.validation_losses`.
+
+        Returns:
+            {"validation": losses}, with several test sets {"validation": {name: losses}}.
+        """
+        mapper = SSDDatasetMapper(
+            is_train=True,
+            augmentations=build_augmentations(cfg, is_train=False),
+            image_format=cfg.INPUT.FORMAT,
+        )
+        loaders = {name: build_test_loader(cfg, name, mapper) for name in cfg.DATASETS.TEST}
+        losses = {name: validation_losses(model, loader) for name, loader in loaders.items()}
+        return {"validation": _single(losses)}
+
+
+def _single(results: Dict) -> Dict:
+    """Results by data set; those of the only one by themselves, as DefaultTrainer has it."""
+    return next(iter(results.values())) if len(results) == 1 else results
+
 
 def _check_best_metric(cfg) -> None:
+    if cfg.TEST.EARLY_STOPPING.PATIENCE and not (cfg.TEST.BEST_METRIC and cfg.TEST.EVAL_PERIOD):
+        raise ValueError(
+            "TEST.EARLY_STOPPING.PATIENCE needs TEST.BEST_METRIC, e.g. bbox/AP50, and "
+            f"TEST.EVAL_PERIOD > 0, got {cfg.TEST.BEST_METRIC!r} and {cfg.TEST.EVAL_PERIOD}"
+        )
     tasks = [{"coco": "bbox/", "voc": "voc/"}.get(name, "") for name in cfg.TEST.EVALUATORS]
     if not any(task in cfg.TEST.BEST_METRIC for task in tasks):
         raise ValueError(
@@ -273,113 +375,6 @@ def _scale_learning_rate(cfg):
         cfg.SOLVER.IMS_PER_BATCH,
     )
     return cfg
-
-
-class TrainingStep(SimpleTrainer):
-    """SimpleTrainer with automatic mixed precision on any device, and a check of the losses.
-
-    On CPUs losses are checked before the update. On GPUs the host would have to wait for them: so a
-    non-finite loss masks its own update on the device, and is reported a step later.
-    """
-
-    def __init__(self, model, data_loader, optimizer, amp_dtype: str = "", late: bool = False):
-        """
-        Args:
-            amp_dtype: "bfloat16", "float16" (with loss scaling, CUDA only), or "" for none.
-            late: report losses a step later; needs an optimizer with ``fused=True``.
-        """
-        super().__init__(model, data_loader, optimizer)
-        self.device = next(model.parameters()).device.type
-        if amp_dtype not in ("", "bfloat16", "float16"):
-            raise ValueError(f"SOLVER.AMP.DTYPE: 'bfloat16' or 'float16', got {amp_dtype!r}")
-        if amp_dtype == "float16" and self.device != "cuda":
-            raise ValueError(f"SOLVER.AMP.DTYPE float16 needs CUDA, MODEL.DEVICE is {self.device}")
-        self.amp_dtype = getattr(torch, amp_dtype) if amp_dtype else None
-        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # before torch 2.3
-        self.grad_scaler = scaler(enabled=amp_dtype == "float16")
-        self._late = late
-        self._unreported = None
-
-    def run_step(self) -> None:
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-
-        self.optimizer.zero_grad()
-        with torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None):
-            losses = self.model(data)
-        self.grad_scaler.scale(sum(losses.values())).backward()
-        report = _LossReport(losses, self.iter, data_time, data)
-        if self._late:
-            report, self._unreported = self._unreported, report
-            if not self.grad_scaler.is_enabled():  # it masks what isn't finite, too
-                self.optimizer.found_inf = self._unreported.is_not_finite()
-        if report:
-            self._write(report)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-
-    def flush(self) -> None:
-        """Reports the last step's losses, if they are late."""
-        report, self._unreported = self._unreported, None
-        if report:
-            self._write(report)
-
-    def _write(self, report: "_LossReport") -> None:
-        losses = report.values()
-        check_finite(losses, report.iteration, report.files)
-        self._write_metrics(losses, report.data_time, iter=report.iteration)
-
-    def state_dict(self) -> Dict:
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
-
-    def load_state_dict(self, state_dict: Dict) -> None:
-        # which kernels run is this machine's choice, not that of the one that saved
-        kernels = [{k: x.get(k) for k in ("foreach", "fused")} for x in self.optimizer.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own in zip(self.optimizer.param_groups, kernels):
-            group.update(own)
-        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
-
-
-class _LossReport:
-    """A step's losses on their way to the host."""
-
-    def __init__(self, losses: Dict[str, Tensor], iteration: int, data_time: float, data: List):
-        self._names = list(losses)
-        self._on_device = torch.stack([value.detach() for value in losses.values()])
-        self.iteration, self.data_time = iteration, data_time
-        self.files = [x.get("file_name") for x in data]
-        self._copied = None
-        if self._on_device.is_cuda:
-            self._on_host = torch.empty_like(self._on_device, device="cpu", pin_memory=True)
-            self._on_host.copy_(self._on_device, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def values(self) -> Dict[str, Tensor]:
-        if self._copied is None:
-            return dict(zip(self._names, self._on_device))
-        self._copied.synchronize()
-        return dict(zip(self._names, self._on_host))
-
-    def is_not_finite(self) -> Tensor:
-        """1.0 or 0.0 on the device, the same in all processes; a fused optimizer skips a 1.0."""
-        flag = 1 - self._on_device.isfinite().all().float()
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return flag
-
-
-def check_finite(losses: Dict[str, Tensor], iteration: int, files: List[str]) -> None:
-    """FloatingPointError with every term, the iteration and the files, if one isn't finite."""
-    values = {name: float(value) for name, value in losses.items()}
-    if not all(map(math.isfinite, values.values())):
-        raise FloatingPointError(
-            f"loss is not finite at iteration {iteration}: {values}; batch: "
-            f"{', '.join(map(str, files))}. "
-            "Lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS if the images are fine."
-        )
 
 
 def draw_detections(cfg, model, score_thresh: float = 0.5) -> List[str]:

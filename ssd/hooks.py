@@ -1,4 +1,5 @@
-"""Hooks that Detectron2 lacks: averaged weights, the best checkpoint, a stop that loses nothing."""
+"""What Detectron2 lacks around a training step: averaged weights, validation losses, the best
+checkpoint, early stopping, pictures, Weights & Biases, a stop that loses nothing."""
 
 import copy
 import json
@@ -7,15 +8,32 @@ import math
 import os
 import signal
 import threading
-from typing import Dict
+from typing import Dict, Iterable, List, Optional
 
+import numpy as np
 import torch
+from detectron2.data import Metadata
+from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
+from detectron2.evaluation import inference_context
 from detectron2.utils import comm
+from detectron2.utils.colormap import colormap
+from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.visualizer import Visualizer
 
 from ssd.checkpoint import SSDCheckpointer
+from ssd.modeling import SSD
 
-__all__ = ["BestCheckpoint", "GracefulStop", "WeightAverage"]
+__all__ = [
+    "BestCheckpoint",
+    "EarlyStop",
+    "EarlyStopping",
+    "GracefulStop",
+    "TrainingPictures",
+    "WandbWriter",
+    "WeightAverage",
+    "validation_losses",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +94,12 @@ class BestCheckpoint(HookBase):
 
     Unlike Detectron2's BestCheckpointer it leaves ``last_checkpoint`` alone and remembers the best
     value, in ``model_best.json``.
+
+    Attributes:
+        iteration: of the best value so far, from 0; -1 if there is none.
     """
+
+    iteration = -1
 
     def __init__(self, period: int, checkpointer: SSDCheckpointer, metric: str):
         """``metric``: a key of the evaluation, e.g. "bbox/AP50"; higher is better."""
@@ -89,7 +112,7 @@ class BestCheckpoint(HookBase):
             with open(self._path) as file:
                 best = json.load(file)
             if best["metric"] == self._metric:
-                self._best = best["value"]
+                self._best, self.iteration = best["value"], best["iteration"]
 
     def after_step(self) -> None:
         step = self.trainer.iter + 1
@@ -110,11 +133,188 @@ class BestCheckpoint(HookBase):
         value = float(latest[self._metric][0])
         if value > self._best:  # False for nan
             self._best = value
-            iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
+            self.iteration = iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
             self._checkpointer.save("model_best", tag=False, iteration=iteration)
             with open(self._path, "w") as file:
                 json.dump({"metric": self._metric, "value": value, "iteration": iteration}, file)
             logger.info("Best %s so far: %.3f, saved as model_best.pth", self._metric, value)
+
+
+def validation_losses(model: SSD, loader: Iterable[List[Dict]]) -> Dict[str, float]:
+    """The losses of a whole data set, in evaluation mode.
+
+    They are divided as in training (``MODEL.SSD.LOSS.NORMALIZER``), but over all images instead of
+    a batch's: neither batches nor processes, each with its share of the images, change them.
+
+    Args:
+        loader: batches as in training, with ``instances``.
+
+    Returns:
+        ``loss_cls``, ``loss_box_reg`` and ``total_loss``; 0 each without images.
+    """
+    names = ("loss_cls", "loss_box_reg")
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+    with inference_context(model), torch.no_grad():
+        for batch in loader:
+            features = model.backbone(model.preprocess_image(batch).tensor)
+            predictions = model.head([features[name] for name in model.head_in_features])
+            losses, divisor = model.losses(predictions, [x["instances"] for x in batch])
+            if divisor.dim():  # a mean over images, of losses divided by each image's own
+                losses = {name: losses[name] / divisor * len(batch) for name in names}
+                divisor = torch.tensor(len(batch))
+            sums += torch.stack([*(losses[name].sum() for name in names), divisor.to(sums.device)])
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(sums)
+    *losses, divisor = sums.tolist()
+    values = {name: loss / max(1.0, divisor) for name, loss in zip(names, losses)}
+    return {**values, "total_loss": sum(values.values())}
+
+
+class EarlyStop(BaseException):
+    """Leaves the training loop. No Exception: Detectron2 would log it as a failure."""
+
+
+class EarlyStopping(HookBase):
+    """Ends the training after ``patience`` evaluations in a row without a new best value.
+
+    Then all is done as after the last iteration: final checkpoint, evaluation. The best value and
+    its iteration are :class:`BestCheckpoint`'s, which outlive a crash: a resumed run stops where
+    the uninterrupted one would. Resuming a run that was stopped trains on only with more patience.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        patience: int,
+        checkpointer: SSDCheckpointer,
+        best: Optional[BestCheckpoint],
+    ):
+        """
+        Args:
+            period: iterations between evaluations.
+            best: in the main process, which decides for all; its hook comes before this one.
+        """
+        self._period, self._patience = period, patience
+        self._checkpointer, self._best = checkpointer, best
+        self._stopped = False
+
+    def before_train(self) -> None:
+        if self._stopped:
+            self._stop_if_due(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        step = self.trainer.iter + 1
+        if step % self._period == 0 and step != self.trainer.max_iter:
+            self._stop_if_due(step)
+
+    def _stop_if_due(self, step: int) -> None:
+        since = step - (self._best.iteration + 1) if self._best else 0
+        evaluations = max(comm.all_gather(math.ceil(since / self._period)))
+        self._stopped = evaluations >= self._patience
+        if not self._stopped:
+            return
+        logger.info("Early stop: no new best in the last %d evaluations", evaluations)
+        if self.trainer.iter < step:
+            self._checkpointer.save("model_final", iteration=self.trainer.iter)
+        self.trainer.iter = self.trainer.max_iter = step  # as in the end of a whole training
+        raise EarlyStop
+
+    def state_dict(self) -> Dict:
+        return {"stopped": True} if self._stopped else {}
+
+    def load_state_dict(self, state_dict: Dict) -> None:
+        self._stopped = state_dict["stopped"]
+
+
+class TrainingPictures(HookBase):
+    """Pictures for TensorBoard: what the network gets in training, and what it makes of it.
+
+    Each row is an augmented image of the last batch, on the left with its ground truth, on the
+    right with the detections whose score is over ``SCORE``, at most ``DETECTIONS``. Boxes of a
+    class have one colour.
+    """
+
+    ROWS, WIDTH, GAP = 4, 480, 8  # images, pixels
+    SCORE, DETECTIONS = 0.3, 20
+
+    def __init__(self, period: int, model: torch.nn.Module, metadata: Metadata):
+        """
+        Args:
+            period: iterations.
+            model: an SSD whose detections are drawn.
+            metadata: with ``thing_classes``.
+        """
+        self._period, self._model, self._metadata = period, model, metadata
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self._period == 0:
+            picture = self.draw(self.trainer._trainer.batch[: self.ROWS])
+            self.trainer.storage.put_image("inputs: ground truth, detections", picture)
+
+    def draw(self, batch: List[Dict]) -> np.ndarray:
+        """(3, H, W) uint8 RGB picture of a training batch."""
+        with inference_context(self._model), torch.no_grad():
+            outputs = self._model([{"image": x["image"]} for x in batch])
+        rows = []
+        for given, output in zip(batch, outputs):
+            truth, found = given["instances"], output["instances"].to("cpu")
+            found = found[found.scores > self.SCORE][: self.DETECTIONS]
+            image = given["image"].permute(1, 2, 0)
+            image = convert_image_to_rgb(image, self._model.input_format)
+            left = self._draw_boxes(image, truth.gt_boxes, truth.gt_classes)
+            right = self._draw_boxes(image, found.pred_boxes, found.pred_classes, found.scores)
+            gap = np.full((len(left), self.GAP, 3), 255, np.uint8)
+            row = np.hstack([left, gap, right])
+            rows += [row, np.full((self.GAP, row.shape[1], 3), 255, np.uint8)]
+        return np.vstack(rows[:-1]).transpose(2, 0, 1)
+
+    def _draw_boxes(self, image, boxes, classes, scores=None) -> np.ndarray:
+        names, colors = self._metadata.thing_classes, colormap(rgb=True, maximum=1)
+        labels = [names[i] for i in classes]
+        if scores is not None:
+            labels = [f"{label} {score:.0%}" for label, score in zip(labels, scores)]
+        visualizer = Visualizer(image, self._metadata, scale=self.WIDTH / image.shape[1])
+        return visualizer.overlay_instances(
+            boxes=boxes, labels=labels, assigned_colors=[colors[i % len(colors)] for i in classes]
+        ).get_image()
+
+
+class WandbWriter(EventWriter):
+    """Sends a training's scalars and pictures to Weights & Biases, each at its iteration.
+
+    Pictures are taken away by Detectron2's TensorBoard writer, which has to come after this one.
+    """
+
+    def __init__(self, folder: str, project: str, name: str, config: Dict):
+        """
+        Args:
+            folder: where W&B keeps its files.
+            name: of the run; "": W&B invents one.
+
+        Raises:
+            ImportError: without the package wandb.
+        """
+        try:
+            import wandb
+        except ImportError:
+            raise ImportError("WANDB.ENABLED needs the package wandb: pip install wandb") from None
+        self._image, self._last_write = wandb.Image, -1
+        self._run = wandb.init(dir=folder, project=project, name=name or None, config=config)
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        values: Dict[int, Dict] = {}
+        for key, (value, iteration) in storage.latest_with_smoothing_hint().items():
+            if iteration > self._last_write:
+                values.setdefault(iteration, {})[key] = value
+        for key, picture, iteration in storage._vis_data:
+            values.setdefault(iteration, {})[key] = self._image(picture.transpose(1, 2, 0))
+        for iteration in sorted(values):
+            self._run.log(values[iteration], step=iteration)
+            self._last_write = iteration
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class GracefulStop(HookBase):

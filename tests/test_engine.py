@@ -460,7 +460,9 @@ def test_synchronised_batch_norm_of_two_processes_equals_batch_norm_of_one(
     opts = [*tiny_opts, *norm_opts("naiveSyncBN"), "SOLVER.MAX_ITER", 1]
     opts += ["OUTPUT_DIR", str(tmp_path / "two")]
     lab = str(repo / "labs" / "quickstart" / "config.yaml")
-    torch.multiprocessing.spawn(_train_part, (str(tmp_path), lab, opts), nprocs=2)
+    # forked, since a new process would import everything again
+    arguments = (str(tmp_path), lab, opts)
+    torch.multiprocessing.start_processes(_train_part, arguments, 2, start_method="fork")
     two = torch.load(tmp_path / "two" / "model_final.pth", weights_only=True)["model"]
 
     counts = {}  # the values per channel over which each layer normalises

@@ -18,6 +18,7 @@ from ssd.engine import Trainer
 
 TIMEOUT = 120  # seconds that one command may take on a busy machine
 RUN = "SOLVER.MAX_ITER 30 SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1"
+EVALUATION = "TEST.EVALUATORS ['coco','voc'] TEST.AUG.ENABLED True TEST.AUG.CROPS [1,2]"
 # BatchNorm's statistics are each process's own; without it any number of processes is equal.
 SHARED = (
     "MODEL.MOBILENET.NORM FrozenBN "
@@ -114,7 +115,7 @@ def first_iteration(text):
 def whole_run(start, tmp_path_factory):
     """Folder and printed text of a run without interruption."""
     output = tmp_path_factory.mktemp("whole")
-    opts = f"{RUN} TEST.VIS_IMAGES 2 TEST.EVALUATORS ['coco','voc']"
+    opts = f"{RUN} {EVALUATION} TEST.VIS_IMAGES 2 TEST.LOSS_PERIOD 20"
     code, text = start(opts, output).wait()
     assert code == 0, text[-3000:]
     return output, text
@@ -128,9 +129,13 @@ def test_run_leaves_checkpoints_metrics_log_and_pictures(whole_run):
     assert any("total_loss" in line for line in lines)
     metrics = {key: value for line in lines for key, value in line.items()}
     assert {"bbox/AP50", "bbox/AP50-star", "voc/mAP", "loss_cls", "loss_box_reg"} <= set(metrics)
+    assert {"bbox_TTA/AP50", "voc_TTA/mAP", "validation/total_loss"} <= set(metrics)
     assert len(list(output.glob("events.out.tfevents*"))) == 1
     assert len(list((output / "detections" / "shapes_val").glob("*.jpg"))) == 2
     assert (output / "config.yaml").is_file()
+    text = (output / "README.md").read_text()
+    assert text.startswith("# Training on shapes_train\n") and "--config-file config.yaml" in text
+    assert re.findall("## (.*)", text) == ["bbox", "voc", "bbox_TTA", "voc_TTA"]
 
 
 def test_log_shows_the_messages_of_this_package(whole_run):
@@ -141,14 +146,17 @@ def test_log_shows_the_messages_of_this_package(whole_run):
 
 def test_eval_only_gives_the_numbers_of_the_training_run(whole_run, start, tmp_path):
     output, trained = whole_run
-    opts = f"MODEL.WEIGHTS {output}/model_final.pth TEST.EVALUATORS ['coco','voc']"
+    opts = f"MODEL.WEIGHTS {output}/model_final.pth {EVALUATION}"
     code, text = start(opts, tmp_path, "--eval-only").wait()
     assert code == 0, text[-3000:]
-    assert len(copypaste(text)) == 6 and copypaste(text) == copypaste(trained)
+    assert len(copypaste(text)) == 12 and copypaste(text) == copypaste(trained)
     results = "inference/shapes_val/coco_instances_results.json"
     detections = json.loads((tmp_path / results).read_text())
     assert detections and detections == json.loads((output / results).read_text())
     assert not list(tmp_path.glob("*.pth"))
+    tables = [(folder / "README.md").read_text() for folder in (output, tmp_path)]
+    assert tables[1].startswith("# Evaluation on shapes_val\n")
+    assert len({table[table.index("## ") :] for table in tables}) == 1
 
 
 def test_killed_and_interrupted_run_resumes_to_the_same_weights(
