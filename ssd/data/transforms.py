@@ -63,7 +63,7 @@ class WarpTransform(Transform):
             seg_fill: label outside the image in segmentations (255: Detectron2's "ignore").
         """
         super().__init__()
-        self.region = tuple(float(v) for v in region)
+        self.region = tuple(map(float, region))
         self.output_size = _checked_size("output_size", output_size)
         self.source_size = _checked_size("source_size", source_size)
         self.fill = tuple(fill)
@@ -83,7 +83,8 @@ class WarpTransform(Transform):
 
         Args:
             img: uint8 or float, of ``source_size``.
-            photometric: applied first, to no more than the pixels that the region shows.
+            photometric: distorts the image, but not the fill: the pixels that the region shows
+                or, where these are more, those sampled from them (:class:`PhotometricWarp`).
 
         Returns:
             an array of ``output_size`` with the dtype and channels of ``img``.
@@ -92,13 +93,14 @@ class WarpTransform(Transform):
         (height, width), (out_h, out_w) = self.source_size, self.output_size
         (left, right), (top, bottom) = self._pixels(0), self._pixels(1)
         shown = img[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
-        if photometric is not None and shown.size:
-            shown = photometric.apply_image(shown)
-
         x0, y0, x1, y1 = self.region
+        if photometric is not None and abs((x1 - x0) * (y1 - y0)) <= out_w * out_h and shown.size:
+            shown, photometric = photometric.apply_image(shown), None
+
         whole = all(abs(v - round(v)) < _EPS for v in self.region)
         if whole and not self._reaches_outside():
             out = cv2.resize(shown, (out_w, out_h), interpolation=cv2.INTER_LINEAR)
+            out = out if photometric is None else photometric.apply_image(out)
             if x0 > x1 or y0 > y1:
                 out = cv2.flip(out, -1 if x0 > x1 and y0 > y1 else int(x0 > x1))
             return out.reshape(out_h, out_w, *img.shape[2:])
@@ -114,25 +116,26 @@ class WarpTransform(Transform):
             blank = np.broadcast_to(np.array(fill, np.float64), (out_h, out_w, channels))
             blank = blank.round() if img.dtype == np.uint8 else blank
             return blank.astype(img.dtype).reshape(out_h, out_w, *img.shape[2:])
-        # One pixel of fill on the sides where the region leaves the image; on the others the
-        # border repeats, as at the edge of a crop.
-        pads = [int(v) for v in (top < 0, bottom > height, left < 0, right > width)]
-        shown = cv2.copyMakeBorder(shown, *pads, cv2.BORDER_CONSTANT, value=fill)
-        origin = np.array([max(left, 0) - pads[2], max(top, 0) - pads[0]])
-        # Only the part of the output that shows the image is sampled.
-        corners = self.apply_coords(np.stack([origin, origin + shown.shape[1::-1]]))
-        u0, v0 = (max(math.floor(v), 0) for v in corners.min(axis=0))
-        u1, v1 = (min(math.ceil(v), n) for v, n in zip(corners.max(axis=0), (out_w, out_h)))
-        step_x, step_y = (x1 - x0) / out_w, (y1 - y0) / out_h
-        start_x = x0 + (u0 + 0.5) * step_x - 0.5 - origin[0]
-        start_y = y0 + (v0 + 0.5) * step_y - 0.5 - origin[1]
+        # Only the part of the output that shows the image is sampled, with half a pixel around it
+        # where image and fill blend.
+        columns, rows = shown.shape[1], shown.shape[0]
+        u0, u1, start_x, step_x = _samples(x0, x1, out_w, max(left, 0), columns)
+        v0, v1, start_y, step_y = _samples(y0, y1, out_h, max(top, 0), rows)
         inner = cv2.warpAffine(
             shown,
             np.array([[step_x, 0, start_x], [0, step_y, start_y]]),
             (u1 - u0, v1 - v0),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
+            borderMode=cv2.BORDER_REPLICATE,  # as at the edge of a crop
         )
+        inner = inner if photometric is None else photometric.apply_image(inner)
+        inner = inner.reshape(v1 - v0, u1 - u0, channels)
+        for axis, start, step, length, before, after in (
+            (1, start_x, step_x, columns, left < 0, right > width),
+            (0, start_y, step_y, rows, top < 0, bottom > height),
+        ):
+            if before or after:
+                _fade(inner.swapaxes(0, axis), start, step, length, before, after, fill)
         out = cv2.copyMakeBorder(
             inner, v0, out_h - v1, u0, out_w - u1, cv2.BORDER_CONSTANT, value=fill
         )
@@ -153,6 +156,12 @@ class WarpTransform(Transform):
         dtype = coords.dtype if coords.dtype.kind == "f" else np.float64
         scale = np.array([width / (x1 - x0), height / (y1 - y0)])
         return ((coords.reshape(-1, 2) - np.array([x0, y0])) * scale).astype(dtype)
+
+    def apply_box(self, box: np.ndarray) -> np.ndarray:
+        """Maps (M, 4) XYXY boxes; none is dropped or clipped."""
+        corners = self.apply_coords(np.asarray(box).reshape(-1, 2)).reshape(-1, 2, 2)
+        low, high = corners.min(axis=1), corners.max(axis=1)
+        return np.concatenate([low, high], axis=1)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Nearest label at each pixel's centre, ``seg_fill`` outside; (H, W) of any dtype."""
@@ -201,6 +210,24 @@ class WarpTransform(Transform):
         region = (x0 + u0 * step_x, y0 + v0 * step_y, x0 + u1 * step_x, y0 + v1 * step_y)
         return WarpTransform(
             region, second.output_size, self.source_size, fills.fill, fills.seg_fill
+        )
+
+    @property
+    def reduction(self) -> int:
+        """1, 2, 4 or 8: the image decoded at that fraction still has more pixels than are shown."""
+        x0, y0, x1, y1 = self.region
+        height, width = self.output_size
+        step = min(abs(x1 - x0) / width, abs(y1 - y0) / height)
+        return max(factor for factor in (1, 2, 4, 8) if factor <= max(step, 1))
+
+    def reduced(self, factor: int) -> "WarpTransform":
+        """This warp of an image decoded at 1 / ``factor``, its size rounded up."""
+        return WarpTransform(
+            [v / factor for v in self.region],
+            self.output_size,
+            [-(-v // factor) for v in self.source_size],
+            self.fill,
+            self.seg_fill,
         )
 
     def _pixels(self, axis: int) -> Tuple[int, int]:
@@ -321,10 +348,13 @@ class PhotometricTransform(Transform):
         values = np.arange(256.0)
         rgb = self.image_format == "RGB"
         hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV if rgb else cv2.COLOR_BGR2HSV)
+        planes = list(np.empty((3, *img.shape[:2]), np.uint8))
+        cv2.split(hsv, planes)
         if hue != 0:
-            _replace_channel(hsv, 0, _table(np.round(values + hue) % 180))
+            planes[0] = cv2.LUT(planes[0], _table(np.round(values + hue) % 180))
         if saturation != 1:
-            _replace_channel(hsv, 1, _table(values * saturation))
+            planes[1] = cv2.LUT(planes[1], _table(values * saturation))
+        hsv = cv2.merge(planes, hsv)
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if rgb else cv2.COLOR_HSV2BGR)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
@@ -388,6 +418,10 @@ class PhotometricWarp(Transform):
 
     Distorts only the pixels that the warp shows (all, if a pixel's result depends on the others)
     or, last, those of its result, where the fill of an expanded image is distorted too.
+
+    Where the warp shrinks, the pixels sampled by it are distorted instead, without the fill. These
+    two steps nearly commute: on BCCD's photographs levels differ by at most 0.5 on average and 15
+    at an edge, where what is clipped or rounded differs on both sides.
     """
 
     def __init__(
@@ -408,8 +442,18 @@ class PhotometricWarp(Transform):
             return self.warp.apply_image(img, self.photometric)
         return self.warp.apply_image(self.photometric.apply_image(img))
 
+    @property
+    def reduction(self) -> int:
+        return self.warp.reduction
+
+    def reduced(self, factor: int) -> "PhotometricWarp":
+        return PhotometricWarp(self.photometric, self.warp.reduced(factor), self.photometric_last)
+
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return self.warp.apply_coords(coords)
+
+    def apply_box(self, box: np.ndarray) -> np.ndarray:
+        return self.warp.apply_box(box)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         return self.warp.apply_segmentation(segmentation)
@@ -422,8 +466,8 @@ class PhotometricWarp(Transform):
 
 
 def _checked_size(name: str, size: Tuple[int, int]) -> Tuple[int, int]:
-    checked = tuple(int(v) for v in size)
-    if len(checked) != 2 or min(checked) < 1 or any(a != b for a, b in zip(checked, size)):
+    checked = tuple(map(int, size))
+    if len(checked) != 2 or min(checked) < 1 or checked != tuple(size):
         raise ValueError(
             f"{name} is {size}, expected (height, width), whole numbers of at least 1 "
             "(MODEL.SSD.INPUT_SIZE)"
@@ -431,10 +475,37 @@ def _checked_size(name: str, size: Tuple[int, int]) -> Tuple[int, int]:
     return checked
 
 
+def _samples(low: float, high: float, size: int, first: int, count: int) -> tuple:
+    """Along one axis, ``size`` samples of low … high: those that pixels first … first + count have
+    a share in, as (first sample, one past the last), the place of the first one, counted from the
+    middle of pixel ``first``, and the step between them."""
+    step = (high - low) / size
+    ends = sorted(((first - 0.5 - low) / step, (first + count + 0.5 - low) / step))
+    start, stop = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), size)
+    return start, stop, low + (start + 0.5) * step - 0.5 - first, step
+
+
+def _fade(
+    img: np.ndarray,
+    start: float,
+    step: float,
+    length: int,
+    before: bool,
+    after: bool,
+    fill: Sequence[float],
+) -> None:
+    """Blends with ``fill``, in place, the rows of ``img`` that were sampled half a pixel or more
+    ``before`` the first or ``after`` the last pixel of ``length``, as bilinear sampling does."""
+    places = start + step * np.arange(len(img))
+    share = np.minimum(
+        places + 1 if before else np.inf, length - places if after else np.inf
+    )  # of the image
+    rows = np.flatnonzero(share < 1)
+    if len(rows):
+        blend = fill + (img[rows] - fill) * share[rows, None, None].clip(0)
+        img[rows] = blend.round() if img.dtype == np.uint8 else blend
+
+
 def _table(values: np.ndarray) -> np.ndarray:
     """256 look-up values, clipped and rounded to uint8."""
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
-
-
-def _replace_channel(img: np.ndarray, channel: int, table: np.ndarray) -> None:
-    cv2.insertChannel(cv2.LUT(cv2.extractChannel(img, channel), table), img, channel)
