@@ -4,6 +4,7 @@ Coordinates are continuous pixels: pixel i spans [i, i + 1], boxes are XYXY. Siz
 (height, width). Images are (H, W, C) or (H, W) arrays.
 """
 
+import copy
 import math
 from typing import Optional, Sequence, Tuple
 
@@ -277,8 +278,6 @@ class PhotometricTransform(Transform):
     and distorts floating-point values, which it doesn't clip.
     """
 
-    per_pixel = True  # what becomes of a pixel depends on no other one
-
     def __init__(
         self,
         brightness: float = 0.0,
@@ -330,6 +329,10 @@ class PhotometricTransform(Transform):
             cv2.mixChannels([img], [swapped], pairs)
             img = swapped
         return img
+
+    def fixed(self, img: np.ndarray) -> "PhotometricTransform":
+        """This transform of ``img`` for any part of it: no pixel's result depends on another."""
+        return self
 
     def _distort(self, img: np.ndarray) -> np.ndarray:
         colour = self.saturation != 1 or self.hue != 0
@@ -386,38 +389,64 @@ class TorchvisionPhotometricTransform(PhotometricTransform):
     hue in floating point.
     """
 
-    def __init__(self, brightness: float = 1.0, *args, **kwargs):
+    def __init__(
+        self, brightness: float = 1.0, *args, mean_grey: Optional[float] = None, **kwargs
+    ):
+        """
+        Args:
+            mean_grey: of the image where contrast changes it; None: of the one that is distorted.
+        """
         super().__init__(brightness, *args, **kwargs)
+        self.mean_grey = mean_grey
 
-    @property
-    def per_pixel(self) -> bool:
-        return self.contrast == 1
+    def fixed(self, img: np.ndarray) -> "TorchvisionPhotometricTransform":
+        """With the mean grey of ``img``; of a photograph's 64 to 127 evenly spaced rows, which is
+        within half a level."""
+        if self.contrast == 1 or self.mean_grey is not None:
+            return self
+        fixed = copy.copy(self)
+        fixed.mean_grey = self._mean_grey(img[:: max(1, len(img) // 64)])
+        return fixed
 
     def _distort(self, img: np.ndarray) -> np.ndarray:
-        grey = np.array([0.299, 0.587, 0.114])[:: 1 if self.image_format == "RGB" else -1]
-        if self.brightness != 1:
-            img = cv2.LUT(img, _table(np.arange(256.0) * self.brightness))
-        if self.contrast_first:
-            img = self._change_contrast(img, grey)
+        colour = self.saturation != 1 or self.hue != 0
+        before = self.contrast_first or not colour
+        values = np.arange(256.0)
+        table, contrast = _table(values * self.brightness), None
+        if self.contrast != 1:
+            mean = self._mean_grey(img) if self.mean_grey is None else self.mean_grey
+            contrast = _table(mean + (values - mean) * self.contrast)
+            table = contrast[table] if before else table
+        if self.brightness != 1 or (contrast is not None and before):
+            img = cv2.LUT(img, table)
         if self.saturation != 1:
             # linear in the channels: a row for each channel of the result
+            grey = self._grey()
             img = cv2.transform(img, self.saturation * np.eye(3) + (1 - self.saturation) * grey)
         if self.hue != 0:
             img = self._change_hsv(img, self.hue, 1.0)
-        return img if self.contrast_first else self._change_contrast(img, grey)
+        return img if contrast is None or before else cv2.LUT(img, contrast)
 
-    def _change_contrast(self, img: np.ndarray, grey: np.ndarray) -> np.ndarray:
-        if self.contrast == 1:
-            return img
-        mean = np.dot(grey, cv2.mean(img)[:3])
-        return cv2.LUT(img, _table(mean + (np.arange(256.0) - mean) * self.contrast))
+    def _mean_grey(self, img: np.ndarray) -> float:
+        """Of ``img`` after the steps before contrast."""
+        colour = (1.0, 0.0) if self.contrast_first else (self.saturation, self.hue)
+        steps = TorchvisionPhotometricTransform(
+            self.brightness, 1.0, True, *colour, image_format=self.image_format
+        )
+        return float(np.dot(self._grey(), cv2.mean(steps._distort(img))[:3]))
+
+    def _grey(self) -> np.ndarray:
+        return np.array([0.299, 0.587, 0.114])[:: 1 if self.image_format == "RGB" else -1]
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, mean_grey={self.mean_grey})"
 
 
 class PhotometricWarp(Transform):
     """``photometric`` and then ``warp``, or the other way round if ``photometric_last``.
 
-    Distorts only the pixels that the warp shows (all, if a pixel's result depends on the others)
-    or, last, those of its result, where the fill of an expanded image is distorted too.
+    Distorts only the pixels that the warp shows or, last, those of its result, where the fill of an
+    expanded image is distorted too.
 
     Where the warp shrinks, the pixels sampled by it are distorted instead, without the fill. These
     two steps nearly commute: on BCCD's photographs levels differ by at most 0.5 on average and 15
@@ -438,9 +467,7 @@ class PhotometricWarp(Transform):
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         if self.photometric_last:
             return self.photometric.apply_image(self.warp.apply_image(img))
-        if self.photometric.per_pixel:
-            return self.warp.apply_image(img, self.photometric)
-        return self.warp.apply_image(self.photometric.apply_image(img))
+        return self.warp.apply_image(img, self.photometric.fixed(img))
 
     @property
     def reduction(self) -> int:

@@ -350,7 +350,8 @@ def test_photometric_leaves_geometry():
         (PhotometricTransform(20, 1.3, False, 1.4, 9.3), 4, 1.5),
         (TorchvisionPhotometricTransform(1.1, saturation=1.4), 0, 0.6),
         # the mean grey is that of the whole image, not that of the region
-        (TorchvisionPhotometricTransform(1.1, 0.5), 0, 0),
+        (TorchvisionPhotometricTransform(1.1, 0.5), 0, 0.6),
+        (TorchvisionPhotometricTransform(1.1, 1.5, False, 0.7, -5), 4, 1.5),
     ],
 )
 def test_photometric_warp_equals_its_two_steps(photometric, bound, mean_bound):
@@ -375,16 +376,33 @@ def test_photometric_warp_equals_its_two_steps(photometric, bound, mean_bound):
     assert 0 < shrinking < len(CHAINS)
 
 
-def test_distorting_after_a_shrinking_warp_changes_photographs_little(bccd):
+def test_mean_grey_is_that_of_the_image(bccd):
+    photometric = TorchvisionPhotometricTransform(1.1, 0.5, False, 1.3, 4)
+    assert photometric.fixed(textured()).mean_grey == photometric._mean_grey(textured())
+    for path in sorted((bccd / "bccd" / "JPEGImages").iterdir())[:20]:
+        image = cv2.imread(str(path))
+        fixed = photometric.fixed(image)
+        assert abs(fixed.mean_grey - photometric._mean_grey(image)) < 0.5
+        assert fixed.fixed(image[:10]) is fixed
+    assert TorchvisionPhotometricTransform(1.1).fixed(image).mean_grey is None
+
+
+@pytest.mark.parametrize("style", ["caffe", "torchvision"])
+def test_distorting_after_a_shrinking_warp_changes_photographs_little(bccd, style):
     rng = np.random.RandomState(0)
     outside = 0
     for path in sorted((bccd / "bccd" / "JPEGImages").iterdir())[:20]:
         image = cv2.imread(str(path))
         height, width = image.shape[:2]
-        photometric = PhotometricTransform(
-            rng.uniform(-32, 32), rng.uniform(0.5, 1.5), bool(rng.randint(2)),
-            rng.uniform(0.5, 1.5), rng.uniform(-18, 18),
-        )  # fmt: skip
+        factors = rng.uniform(0.5, 1.5), bool(rng.randint(2)), rng.uniform(0.5, 1.5)
+        if style == "caffe":
+            photometric = PhotometricTransform(
+                rng.uniform(-32, 32), *factors, rng.uniform(-18, 18)
+            )
+        else:
+            photometric = TorchvisionPhotometricTransform(
+                rng.uniform(0.875, 1.125), *factors, rng.uniform(-9, 9)
+            )
         x0, y0 = rng.randint(-500, 100), rng.randint(-400, 60)
         region = (x0, y0, rng.randint(540, 1200), rng.randint(400, 800))
         warp = WarpTransform(region, (300, 300), (height, width), FILL)
