@@ -324,10 +324,8 @@ class PhotometricTransform(Transform):
             raise ValueError(f"image is {img.dtype} of {img.shape}, expected uint8 of (H, W, 3)")
         img = self._distort(img)
         if self.channel_order != (0, 1, 2):
-            swapped = np.empty_like(img)
-            pairs = [v for pair in zip(self.channel_order, range(3)) for v in pair]
-            cv2.mixChannels([img], [swapped], pairs)
-            img = swapped
+            planes = cv2.split(img)
+            img = cv2.merge([planes[c] for c in self.channel_order])
         return img
 
     def fixed(self, img: np.ndarray) -> "PhotometricTransform":
@@ -350,15 +348,16 @@ class PhotometricTransform(Transform):
     def _change_hsv(self, img: np.ndarray, hue: float, saturation: float) -> np.ndarray:
         values = np.arange(256.0)
         rgb = self.image_format == "RGB"
-        hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV if rgb else cv2.COLOR_BGR2HSV)
-        planes = list(np.empty((3, *img.shape[:2]), np.uint8))
-        cv2.split(hsv, planes)
+        row = img.reshape(1, -1, 3)  # OpenCV handles the end of each row apart
+        hsv = cv2.cvtColor(row, cv2.COLOR_RGB2HSV if rgb else cv2.COLOR_BGR2HSV)
+        planes = list(cv2.split(hsv))
         if hue != 0:
             planes[0] = cv2.LUT(planes[0], _table(np.round(values + hue) % 180))
         if saturation != 1:
             planes[1] = cv2.LUT(planes[1], _table(values * saturation))
         hsv = cv2.merge(planes, hsv)
-        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if rgb else cv2.COLOR_HSV2BGR)
+        out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if rgb else cv2.COLOR_HSV2BGR)
+        return out.reshape(img.shape)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords
@@ -389,9 +388,7 @@ class TorchvisionPhotometricTransform(PhotometricTransform):
     hue in floating point.
     """
 
-    def __init__(
-        self, brightness: float = 1.0, *args, mean_grey: Optional[float] = None, **kwargs
-    ):
+    def __init__(self, brightness: float = 1.0, *args, mean_grey: Optional[float] = None, **kwargs):
         """
         Args:
             mean_grey: of the image where contrast changes it; None: of the one that is distorted.
@@ -400,12 +397,12 @@ class TorchvisionPhotometricTransform(PhotometricTransform):
         self.mean_grey = mean_grey
 
     def fixed(self, img: np.ndarray) -> "TorchvisionPhotometricTransform":
-        """With the mean grey of ``img``; of a photograph's 64 to 127 evenly spaced rows, which is
-        within half a level."""
+        """With the mean grey of ``img``, or of its 40 to 79 evenly spaced rows: for photographs
+        within a level."""
         if self.contrast == 1 or self.mean_grey is not None:
             return self
         fixed = copy.copy(self)
-        fixed.mean_grey = self._mean_grey(img[:: max(1, len(img) // 64)])
+        fixed.mean_grey = self._mean_grey(img[:: max(1, len(img) // 40)])
         return fixed
 
     def _distort(self, img: np.ndarray) -> np.ndarray:

@@ -346,11 +346,11 @@ def test_photometric_leaves_geometry():
     "photometric, bound, mean_bound",
     [
         (PhotometricTransform(20, 1.3), 0, 0.6),
-        # OpenCV's conversion to HSV rounds otherwise for the last pixels of a row
+        # OpenCV's conversion to HSV rounds otherwise for the last pixels
         (PhotometricTransform(20, 1.3, False, 1.4, 9.3), 4, 1.5),
         (TorchvisionPhotometricTransform(1.1, saturation=1.4), 0, 0.6),
-        # the mean grey is that of the whole image, not that of the region
-        (TorchvisionPhotometricTransform(1.1, 0.5), 0, 0.6),
+        # the mean grey is that of the whole image, here of every third row
+        (TorchvisionPhotometricTransform(1.1, 0.5), 2, 1),
         (TorchvisionPhotometricTransform(1.1, 1.5, False, 0.7, -5), 4, 1.5),
     ],
 )
@@ -378,11 +378,12 @@ def test_photometric_warp_equals_its_two_steps(photometric, bound, mean_bound):
 
 def test_mean_grey_is_that_of_the_image(bccd):
     photometric = TorchvisionPhotometricTransform(1.1, 0.5, False, 1.3, 4)
-    assert photometric.fixed(textured()).mean_grey == photometric._mean_grey(textured())
+    small = textured(79)
+    assert photometric.fixed(small).mean_grey == photometric._mean_grey(small)
     for path in sorted((bccd / "bccd" / "JPEGImages").iterdir())[:20]:
         image = cv2.imread(str(path))
         fixed = photometric.fixed(image)
-        assert abs(fixed.mean_grey - photometric._mean_grey(image)) < 0.5
+        assert abs(fixed.mean_grey - photometric._mean_grey(image)) < 1
         assert fixed.fixed(image[:10]) is fixed
     assert TorchvisionPhotometricTransform(1.1).fixed(image).mean_grey is None
 
@@ -396,9 +397,7 @@ def test_distorting_after_a_shrinking_warp_changes_photographs_little(bccd, styl
         height, width = image.shape[:2]
         factors = rng.uniform(0.5, 1.5), bool(rng.randint(2)), rng.uniform(0.5, 1.5)
         if style == "caffe":
-            photometric = PhotometricTransform(
-                rng.uniform(-32, 32), *factors, rng.uniform(-18, 18)
-            )
+            photometric = PhotometricTransform(rng.uniform(-32, 32), *factors, rng.uniform(-18, 18))
         else:
             photometric = TorchvisionPhotometricTransform(
                 rng.uniform(0.875, 1.125), *factors, rng.uniform(-9, 9)

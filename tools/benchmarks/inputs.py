@@ -63,10 +63,8 @@ def write_images(folder: Path, count: int, num_classes: int, detailed: bool = Tr
             )  # fmt: skip
     write_coco(folder / "train.json", images, annotations, num_classes)
     what += " with noise" if detailed else ""
-    kilobytes = size / len(images) / 1000
-    return (
-        f"{len(images)} {what}, {SIZE[1]}x{SIZE[0]}, JPEG quality {QUALITY}, {kilobytes:.0f} KB each"
-    )
+    what = f"{len(images)} {what}, {SIZE[1]}x{SIZE[0]}, JPEG quality {QUALITY}"
+    return f"{what}, {size / len(images) / 1000:.0f} KB each"
 
 
 def _pink_noise(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
