@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-import struct
 from typing import Dict, Optional, Sequence, Tuple
 
 import cv2
@@ -126,9 +125,8 @@ def read_image(
     Args:
         image_format: "RGB" or "BGR".
         size: (height, width) that the annotations state, or None each.
-        reduction: 2, 4 or 8 decodes a JPEG that is stored with that ``size`` at a fraction of its
-            size, rounded up, which is much faster: each pixel is the mean of reduction² ones. All
-            other images are read in full.
+        reduction: 2, 4 or 8 decodes a JPEG of that ``size`` at a fraction of it, rounded up, which
+            is faster: each pixel is the mean of reduction² ones. All others are read in full.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -146,14 +144,15 @@ def read_image(
         ) from None
     if _is_truncated_jpeg(data):
         raise ValueError(f"image {file_name} is truncated ({len(data)} bytes, no end marker)")
-    expected = tuple(size)
-    if reduction == 1 or _jpeg_size(data) != expected:
-        reduction = 1
-    rgb = image_format == "RGB"
-    image = _decode(data, rgb, _REDUCTIONS[reduction])
+    rgb, expected = image_format == "RGB", tuple(size)
+    if reduction > 1 and None not in expected and data.startswith(_JPEG):
+        image = _decode(data, rgb, _REDUCTIONS[reduction])
+        if image is not None and image.shape[:2] == tuple(-(-v // reduction) for v in expected):
+            return image
+    image = _decode(data, rgb)
     if image is None:
         raise ValueError(f"image {file_name} is empty or no readable image ({len(data)} bytes)")
-    if reduction == 1 and None not in expected and image.shape[:2] != expected:
+    if None not in expected and image.shape[:2] != expected:
         stored = _decode(data, rgb, cv2.IMREAD_IGNORE_ORIENTATION)
         if stored.shape[:2] != expected:
             raise ValueError(
@@ -164,15 +163,15 @@ def read_image(
     return image
 
 
+_JPEG = b"\xff\xd8"  # how such files begin
 _REDUCTIONS = {  # with a colour flag their "grayscale" doesn't hold
-    1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
 
-def _decode(data: bytes, rgb: bool, flags: int) -> Optional[np.ndarray]:
+def _decode(data: bytes, rgb: bool, flags: int = 0) -> Optional[np.ndarray]:
     if not data:
         return None
     color = getattr(cv2, "IMREAD_COLOR_RGB", None) if rgb else cv2.IMREAD_COLOR
@@ -185,16 +184,4 @@ def _decode(data: bytes, rgb: bool, flags: int) -> Optional[np.ndarray]:
 def _is_truncated_jpeg(data: bytes) -> bool:
     """Whether a JPEG has no end marker after its last scan; OpenCV would fill it with grey."""
     last = max(data.rfind(b"\xff\xd9"), 0)
-    return data.startswith(b"\xff\xd8") and data.find(b"\xff\xda", last) >= 0
-
-
-def _jpeg_size(data: bytes) -> Optional[Tuple[int, int]]:
-    """(height, width) of a JPEG as stored, from its frame header; None for other files."""
-    at = 2
-    while data.startswith(b"\xff\xd8") and len(data) >= at + 9 and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return height, width
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
+    return data.startswith(_JPEG) and data.find(b"\xff\xda", last) >= 0
