@@ -139,6 +139,8 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
 
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = RunSampler(cfg.SOLVER.IMS_PER_BATCH)
+    if cfg.DATALOADER.NUM_WORKERS == 0:
+        _reuse_freed_memory()
     return torch.utils.data.DataLoader(
         SampleStream(dataset, mapper or SSDDatasetMapper(cfg, True), seed),
         sampler=sampler,
@@ -171,10 +173,10 @@ def _init_worker(_: int) -> None:
 
 
 def _reuse_freed_memory() -> None:
-    """Makes glibc's malloc keep freed images for the next ones.
+    """Makes glibc's malloc keep the memory of freed images for the next ones.
 
-    It hands blocks above a bound back to the system, and new ones cost a page fault for every
-    4 KB: as much time as decoding, where faults are slow (virtual machines). The bound rises to
-    the largest block freed so far, up to 32 MB.
+    It hands back to the system what exceeds a bound, and new memory costs a page fault for every
+    4 KB: on a virtual machine as much time as decoding. The bound follows the largest block that
+    was freed, up to 32 MB.
     """
     np.empty(2**25 - 2**16, np.uint8)
