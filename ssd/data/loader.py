@@ -21,7 +21,13 @@ from detectron2.utils import comm
 from ssd.data.datasets import check_class_count, find_box_defects
 from ssd.data.mapper import SSDDatasetMapper
 
-__all__ = ["RunSampler", "SampleStream", "build_test_loader", "build_train_loader"]
+__all__ = [
+    "RunSampler",
+    "SampleStream",
+    "build_test_loader",
+    "build_train_loader",
+    "reuse_freed_memory",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +146,7 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = RunSampler(cfg.SOLVER.IMS_PER_BATCH)
     if cfg.DATALOADER.NUM_WORKERS == 0:
-        _reuse_freed_memory()
+        reuse_freed_memory()
     return torch.utils.data.DataLoader(
         SampleStream(dataset, mapper or SSDDatasetMapper(cfg, True), seed),
         sampler=sampler,
@@ -168,11 +174,11 @@ def _no_collation(batch: List[dict]) -> List[dict]:
 
 def _init_worker(_: int) -> None:
     cv2.setNumThreads(0)
-    _reuse_freed_memory()
+    reuse_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
 
 
-def _reuse_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Makes glibc's malloc keep the memory of freed images for the next ones.
 
     It hands back to the system what exceeds a bound, and new memory costs a page fault for every
