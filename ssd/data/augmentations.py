@@ -4,7 +4,7 @@ Detectron2 Augmentations: each draws the parameters of one transform from ``np.r
 changes a pixel itself. Boxes are (M, 4) XYXY in pixels of the image, sizes (height, width).
 """
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -21,18 +21,19 @@ from ssd.data.transforms import (
 __all__ = [
     "ComposedWarp",
     "Expand",
+    "ImageSize",
     "IoUCrop",
     "PhotometricDistortion",
     "Resize",
-    "build_augmentations",
+    "build_augmentation",
 ]
 
 
-def build_augmentations(cfg: CfgNode, is_train: bool) -> List[Augmentation]:
-    """The augmentations of ``cfg.INPUT``: one :class:`ComposedWarp`; for testing one resize."""
+def build_augmentation(cfg: CfgNode, is_train: bool) -> Augmentation:
+    """The augmentation of ``cfg.INPUT``, a :class:`ComposedWarp`; for testing a resize."""
     resize = Resize(cfg.MODEL.SSD.INPUT_SIZE)
     if not is_train:
-        return [resize]
+        return resize
     augmentations = []
     photo, expand, crop = cfg.INPUT.PHOTOMETRIC, cfg.INPUT.EXPAND, cfg.INPUT.IOU_CROP
     if expand.ENABLED:
@@ -71,7 +72,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> List[Augmentation]:
             photo.STYLE,
         )
         augmentations.insert(len(augmentations) if photo.LAST else 0, distortion)
-    return [ComposedWarp(augmentations)]
+    return ComposedWarp(augmentations)
 
 
 class PhotometricDistortion(Augmentation):
@@ -316,7 +317,7 @@ class ComposedWarp(Augmentation):
             image: (H, W, C); only its size is read.
             boxes: (M, 4) XYXY in pixels; None counts as none.
         """
-        geometry = _Geometry(image.shape[:2], boxes)
+        geometry = ImageSize(image.shape[:2], boxes)
         for augmentation in self.augmentations:
             augmentation(geometry)
         if geometry.photometric is None:
@@ -325,24 +326,33 @@ class ComposedWarp(Augmentation):
         return PhotometricWarp(geometry.photometric, geometry.warp, last)
 
 
-class _Geometry(AugInput):
-    """The size and boxes of an image, and the warp that led to them."""
+class ImageSize(AugInput):
+    """An image's size and boxes without its pixels, and the warp that led to them.
 
-    def __init__(self, size: Tuple[int, int], boxes: Optional[np.ndarray]):
+    ``image`` has the size, but no channels; it takes no memory.
+    """
+
+    def __init__(self, size: Tuple[int, int], boxes: Optional[np.ndarray] = None):
         self.photometric = None
-        self.warp = Resize(size).get_transform(np.broadcast_to(np.uint8(0), size))
-        self.boxes = boxes
+        self.warp = WarpTransform((0, 0, size[1], size[0]), size, size)
         self.sem_seg = None
+        self._source_boxes = boxes
 
     @property
     def image(self) -> np.ndarray:
-        return np.broadcast_to(np.uint8(0), (*self.warp.output_size, 3))  # takes no memory
+        return np.empty((*self.warp.output_size, 0), np.uint8)
+
+    @property
+    def boxes(self) -> Optional[np.ndarray]:
+        return None if self._source_boxes is None else self.warp.apply_box(self._source_boxes)
 
     def transform(self, tfm: Transform) -> None:
-        height, width = size = self.warp.output_size
         if isinstance(tfm, NoOpTransform):
             return
-        if isinstance(tfm, HFlipTransform):
+        height, width = size = self.warp.output_size
+        if isinstance(tfm, PhotometricWarp):
+            self.photometric, tfm = tfm.photometric, tfm.warp
+        elif isinstance(tfm, HFlipTransform):
             tfm = WarpTransform((width, 0, 0, height), size, size)
         elif isinstance(tfm, VFlipTransform):
             tfm = WarpTransform((0, height, width, 0), size, size)
@@ -350,7 +360,6 @@ class _Geometry(AugInput):
             self.photometric = tfm
         elif isinstance(tfm, WarpTransform):
             self.warp = self.warp.then(tfm)
-            self.boxes = None if self.boxes is None else tfm.apply_box(self.boxes)
         else:
             raise ValueError(f"ComposedWarp can't compose {tfm}")
 
@@ -366,17 +375,17 @@ def _place(sides: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
 def _reached_iou(crops: np.ndarray, boxes: np.ndarray, objects: str) -> np.ndarray:
     """(n,) of n crops: the highest IoU with those of M ≥ 1 boxes whose centre lies inside, or with
     ``objects`` "all" the lowest with all M boxes; -1 without any centre inside."""
-    x0, y0, x1, y1 = crops.T[:, :, None].astype(np.float32)
-    left, top, right, bottom = boxes.T[:, None].astype(np.float32)
-    x, y = (left + right) / 2, (top + bottom) / 2
-    inside = (x0 < x) & (x < x1) & (y0 < y) & (y < y1)
-    width = np.minimum(x1, right) - np.maximum(x0, left)
-    height = np.minimum(y1, bottom) - np.maximum(y0, top)
-    both = np.maximum(width, 0) * np.maximum(height, 0)
-    iou = both / ((x1 - x0) * (y1 - y0) + (right - left) * (bottom - top) - both)
+    crops = crops.T.astype(np.float32, order="C")  # x0, y0, x1, y1, each (n,)
+    boxes = boxes.T.astype(np.float32, order="C")[:, :, None]  # each (M, 1)
+    low, high, centers = boxes[:2], boxes[2:], (boxes[:2] + boxes[2:]) / 2
+    sides = np.minimum(crops[2:, None], high) - np.maximum(crops[:2, None], low)  # (2, M, n)
+    both = np.multiply(*np.maximum(sides, 0))
+    area, areas = np.multiply(*(crops[2:] - crops[:2])), np.multiply(*(high - low))
+    iou = both / (area + areas - both)
+    inside = np.logical_and(*((crops[:2, None] < centers) & (centers < crops[2:, None])))
     if objects == "all":
-        return np.where(inside.any(axis=1), iou.min(axis=1), -1)
-    return np.where(inside, iou, -1).max(axis=1)
+        return np.where(inside.any(axis=0), iou.min(axis=0), -1)
+    return np.where(inside, iou, -1).max(axis=0)
 
 
 def _check_probability(key: str, value: float) -> None:

@@ -3,16 +3,17 @@
 import copy
 import logging
 import os
-from typing import Dict, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data.transforms import AugInput, Augmentation, AugmentationList
+from detectron2.data.transforms import Augmentation
 from detectron2.structures import Boxes, Instances
+from fvcore.transforms.transform import Transform
 
-from ssd.data.augmentations import build_augmentations
+from ssd.data.augmentations import ImageSize, build_augmentation
 from ssd.data.datasets import xyxy_boxes
 from ssd.data.transforms import centers_inside
 
@@ -33,38 +34,72 @@ class SSDDatasetMapper:
     """
 
     @configurable
-    def __init__(self, *, is_train: bool, augmentations: Sequence[Augmentation], image_format: str):
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        augmentation: Augmentation,
+        image_format: str,
+        reduced_decoding: bool = False,
+    ):
+        """
+        Args:
+            augmentation: is drawn before the image is read: asks for no pixels, only for the size
+                of ``image`` and for ``boxes``, and returns a warp.
+            image_format: "RGB" or "BGR".
+            reduced_decoding: decode JPEGs at a reduced scale where the warp shrinks them.
+        """
         self.is_train = is_train
-        self.augmentations = AugmentationList(augmentations)
+        self.augmentation = augmentation
         self.image_format = image_format
+        self.reduced_decoding = reduced_decoding
 
     @classmethod
     def from_config(cls, cfg, is_train: bool):
         return {
             "is_train": is_train,
-            "augmentations": build_augmentations(cfg, is_train),
+            "augmentation": build_augmentation(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
+            "reduced_decoding": is_train and cfg.INPUT.REDUCED_DECODING,
         }
 
     def __call__(self, dataset_dict: Dict) -> Dict:
+        return self.load(*self.draw(dataset_dict))
+
+    def draw(self, dataset_dict: Dict) -> Tuple[Dict, Transform]:
+        """All that is random: the sample without its image, and the transform for that."""
         dataset_dict = copy.copy(dataset_dict)
         annotations = dataset_dict.pop("annotations", [])
         size = (dataset_dict.get("height"), dataset_dict.get("width"))
-        image = read_image(dataset_dict["file_name"], self.image_format, size)
-        dataset_dict["height"], dataset_dict["width"] = image.shape[:2]
-        boxes, classes = _ground_truth(annotations, image.shape[:2])
-
-        aug_input = AugInput(image, boxes=boxes)
-        self.augmentations(aug_input)
-        image, boxes = aug_input.image, aug_input.boxes
-        dataset_dict["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if not all(size):  # unknown; 0 is an error
+            size = read_image(dataset_dict["file_name"], self.image_format, size).shape[:2]
+            dataset_dict["height"], dataset_dict["width"] = size
+        boxes, classes = _ground_truth(annotations, size)
+        aug_input = ImageSize(size, boxes)
+        transform = self.augmentation(aug_input)
         if self.is_train:
-            keep = centers_inside(boxes, image.shape[:2])
-            instances = Instances(image.shape[:2])
-            instances.gt_boxes = Boxes(torch.from_numpy(boxes[keep].astype(np.float32)))
-            instances.gt_boxes.clip(image.shape[:2])
+            height, width = size = aug_input.image.shape[:2]
+            boxes = aug_input.boxes
+            keep = centers_inside(boxes, size)
+            boxes = boxes.clip(0, (width, height, width, height)).astype(np.float32)
+            keep &= (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+            instances = Instances(size)
+            instances.gt_boxes = Boxes(torch.from_numpy(boxes[keep]))
             instances.gt_classes = torch.from_numpy(classes[keep])
-            dataset_dict["instances"] = instances[instances.gt_boxes.nonempty()]
+            dataset_dict["instances"] = instances
+        return dataset_dict, transform
+
+    def load(self, dataset_dict: Dict, transform: Transform) -> Dict:
+        """What :meth:`draw` returned → the sample: reads and transforms the image."""
+        size = (dataset_dict["height"], dataset_dict["width"])
+        reduction = transform.reduction if self.reduced_decoding else 1
+        image = read_image(dataset_dict["file_name"], self.image_format, size, reduction)
+        if image.shape[:2] != size:
+            transform = transform.reduced(reduction)
+        image = transform.apply_image(image)
+        planes = np.empty((3, *image.shape[:2]), np.uint8)
+        cv2.split(image, list(planes))  # writes into them
+        dataset_dict["image"] = torch.from_numpy(planes)
         return dataset_dict
 
 
@@ -79,7 +114,9 @@ def _ground_truth(annotations: Sequence[Dict], size) -> tuple:
     return boxes[keep], classes[keep]
 
 
-def read_image(file_name: str, image_format: str = "RGB", size=(None, None)) -> np.ndarray:
+def read_image(
+    file_name: str, image_format: str = "RGB", size=(None, None), reduction: int = 1
+) -> np.ndarray:
     """An image file as (H, W, 3) uint8: greyscale, CMYK, palette, alpha and 16-bit are converted.
 
     EXIF orientation is applied, unless only the image as stored has the size that the
@@ -88,13 +125,18 @@ def read_image(file_name: str, image_format: str = "RGB", size=(None, None)) -> 
     Args:
         image_format: "RGB" or "BGR".
         size: (height, width) that the annotations state, or None each.
+        reduction: 2, 4 or 8 decodes a JPEG of that ``size`` at a fraction of it, rounded up, which
+            is faster: each pixel is the mean of reduction² ones. All others are read in full.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, truncated or no image, or has another size.
     """
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.FORMAT: 'RGB' or 'BGR', got {image_format!r}")
     try:
-        data = np.fromfile(file_name, dtype=np.uint8)
+        with open(file_name, "rb") as file:
+            data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(
             f"image {file_name} does not exist; DETECTRON2_DATASETS is "
@@ -102,27 +144,44 @@ def read_image(file_name: str, image_format: str = "RGB", size=(None, None)) -> 
         ) from None
     if _is_truncated_jpeg(data):
         raise ValueError(f"image {file_name} is truncated ({len(data)} bytes, no end marker)")
-    color = cv2.IMREAD_COLOR
-    image = cv2.imdecode(data, color) if len(data) else None
+    rgb, expected = image_format == "RGB", tuple(size)
+    if reduction > 1 and None not in expected and data.startswith(_JPEG):
+        image = _decode(data, rgb, _REDUCTIONS[reduction])
+        if image is not None and image.shape[:2] == tuple(-(-v // reduction) for v in expected):
+            return image
+    image = _decode(data, rgb)
     if image is None:
         raise ValueError(f"image {file_name} is empty or no readable image ({len(data)} bytes)")
-    expected = tuple(size)
     if None not in expected and image.shape[:2] != expected:
-        stored = cv2.imdecode(data, color | cv2.IMREAD_IGNORE_ORIENTATION)
+        stored = _decode(data, rgb, cv2.IMREAD_IGNORE_ORIENTATION)
         if stored.shape[:2] != expected:
             raise ValueError(
                 f"image {file_name} is {image.shape[1]}x{image.shape[0]} pixels, but its "
                 f"annotation says {expected[1]}x{expected[0]}"
             )
         image = stored
-    if image_format == "RGB":
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    if image_format == "BGR":
+    return image
+
+
+_JPEG = b"\xff\xd8"  # how such files begin
+_REDUCTIONS = {  # with a colour flag their "grayscale" doesn't hold
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+
+
+def _decode(data: bytes, rgb: bool, flags: int = 0) -> Optional[np.ndarray]:
+    if not data:
+        return None
+    color = getattr(cv2, "IMREAD_COLOR_RGB", None) if rgb else cv2.IMREAD_COLOR
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | (color or cv2.IMREAD_COLOR))
+    if color or image is None:
         return image
-    raise ValueError(f"INPUT.FORMAT: 'RGB' or 'BGR', got {image_format!r}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV before 4.11
 
 
-def _is_truncated_jpeg(data: np.ndarray) -> bool:
+def _is_truncated_jpeg(data: bytes) -> bool:
     """Whether a JPEG has no end marker after its last scan; OpenCV would fill it with grey."""
-    raw = data.tobytes()
-    return raw[:2] == b"\xff\xd8" and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda")
+    last = max(data.rfind(b"\xff\xd9"), 0)
+    return data.startswith(_JPEG) and data.find(b"\xff\xda", last) >= 0

@@ -4,6 +4,7 @@ Coordinates are continuous pixels: pixel i spans [i, i + 1], boxes are XYXY. Siz
 (height, width). Images are (H, W, C) or (H, W) arrays.
 """
 
+import copy
 import math
 from typing import Optional, Sequence, Tuple
 
@@ -63,7 +64,7 @@ class WarpTransform(Transform):
             seg_fill: label outside the image in segmentations (255: Detectron2's "ignore").
         """
         super().__init__()
-        self.region = tuple(float(v) for v in region)
+        self.region = tuple(map(float, region))
         self.output_size = _checked_size("output_size", output_size)
         self.source_size = _checked_size("source_size", source_size)
         self.fill = tuple(fill)
@@ -83,7 +84,8 @@ class WarpTransform(Transform):
 
         Args:
             img: uint8 or float, of ``source_size``.
-            photometric: applied first, to no more than the pixels that the region shows.
+            photometric: distorts the image, but not the fill: the pixels that the region shows
+                or, where these are more, those sampled from them (:class:`PhotometricWarp`).
 
         Returns:
             an array of ``output_size`` with the dtype and channels of ``img``.
@@ -92,13 +94,14 @@ class WarpTransform(Transform):
         (height, width), (out_h, out_w) = self.source_size, self.output_size
         (left, right), (top, bottom) = self._pixels(0), self._pixels(1)
         shown = img[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
-        if photometric is not None and shown.size:
-            shown = photometric.apply_image(shown)
-
         x0, y0, x1, y1 = self.region
+        if photometric is not None and abs((x1 - x0) * (y1 - y0)) <= out_w * out_h and shown.size:
+            shown, photometric = photometric.apply_image(shown), None
+
         whole = all(abs(v - round(v)) < _EPS for v in self.region)
         if whole and not self._reaches_outside():
             out = cv2.resize(shown, (out_w, out_h), interpolation=cv2.INTER_LINEAR)
+            out = out if photometric is None else photometric.apply_image(out)
             if x0 > x1 or y0 > y1:
                 out = cv2.flip(out, -1 if x0 > x1 and y0 > y1 else int(x0 > x1))
             return out.reshape(out_h, out_w, *img.shape[2:])
@@ -114,25 +117,26 @@ class WarpTransform(Transform):
             blank = np.broadcast_to(np.array(fill, np.float64), (out_h, out_w, channels))
             blank = blank.round() if img.dtype == np.uint8 else blank
             return blank.astype(img.dtype).reshape(out_h, out_w, *img.shape[2:])
-        # One pixel of fill on the sides where the region leaves the image; on the others the
-        # border repeats, as at the edge of a crop.
-        pads = [int(v) for v in (top < 0, bottom > height, left < 0, right > width)]
-        shown = cv2.copyMakeBorder(shown, *pads, cv2.BORDER_CONSTANT, value=fill)
-        origin = np.array([max(left, 0) - pads[2], max(top, 0) - pads[0]])
-        # Only the part of the output that shows the image is sampled.
-        corners = self.apply_coords(np.stack([origin, origin + shown.shape[1::-1]]))
-        u0, v0 = (max(math.floor(v), 0) for v in corners.min(axis=0))
-        u1, v1 = (min(math.ceil(v), n) for v, n in zip(corners.max(axis=0), (out_w, out_h)))
-        step_x, step_y = (x1 - x0) / out_w, (y1 - y0) / out_h
-        start_x = x0 + (u0 + 0.5) * step_x - 0.5 - origin[0]
-        start_y = y0 + (v0 + 0.5) * step_y - 0.5 - origin[1]
+        # Only the part of the output that shows the image is sampled, with half a pixel around it
+        # where image and fill blend.
+        columns, rows = shown.shape[1], shown.shape[0]
+        u0, u1, start_x, step_x = _samples(x0, x1, out_w, max(left, 0), columns)
+        v0, v1, start_y, step_y = _samples(y0, y1, out_h, max(top, 0), rows)
         inner = cv2.warpAffine(
             shown,
             np.array([[step_x, 0, start_x], [0, step_y, start_y]]),
             (u1 - u0, v1 - v0),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
+            borderMode=cv2.BORDER_REPLICATE,  # as at the edge of a crop
         )
+        inner = inner if photometric is None else photometric.apply_image(inner)
+        inner = inner.reshape(v1 - v0, u1 - u0, channels)
+        for axis, start, step, length, before, after in (
+            (1, start_x, step_x, columns, left < 0, right > width),
+            (0, start_y, step_y, rows, top < 0, bottom > height),
+        ):
+            if before or after:
+                _fade(inner.swapaxes(0, axis), start, step, length, before, after, fill)
         out = cv2.copyMakeBorder(
             inner, v0, out_h - v1, u0, out_w - u1, cv2.BORDER_CONSTANT, value=fill
         )
@@ -153,6 +157,12 @@ class WarpTransform(Transform):
         dtype = coords.dtype if coords.dtype.kind == "f" else np.float64
         scale = np.array([width / (x1 - x0), height / (y1 - y0)])
         return ((coords.reshape(-1, 2) - np.array([x0, y0])) * scale).astype(dtype)
+
+    def apply_box(self, box: np.ndarray) -> np.ndarray:
+        """Maps (M, 4) XYXY boxes; none is dropped or clipped."""
+        corners = self.apply_coords(np.asarray(box).reshape(-1, 2)).reshape(-1, 2, 2)
+        low, high = corners.min(axis=1), corners.max(axis=1)
+        return np.concatenate([low, high], axis=1)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Nearest label at each pixel's centre, ``seg_fill`` outside; (H, W) of any dtype."""
@@ -203,6 +213,24 @@ class WarpTransform(Transform):
             region, second.output_size, self.source_size, fills.fill, fills.seg_fill
         )
 
+    @property
+    def reduction(self) -> int:
+        """1, 2, 4 or 8: the image decoded at that fraction still has more pixels than are shown."""
+        x0, y0, x1, y1 = self.region
+        height, width = self.output_size
+        step = min(abs(x1 - x0) / width, abs(y1 - y0) / height)
+        return max(factor for factor in (1, 2, 4, 8) if factor <= max(step, 1))
+
+    def reduced(self, factor: int) -> "WarpTransform":
+        """This warp of an image decoded at 1 / ``factor``, its size rounded up."""
+        return WarpTransform(
+            [v / factor for v in self.region],
+            self.output_size,
+            [-(-v // factor) for v in self.source_size],
+            self.fill,
+            self.seg_fill,
+        )
+
     def _pixels(self, axis: int) -> Tuple[int, int]:
         """First pixel and one past the last that the region touches along x (0) or y (1)."""
         low, high = sorted((self.region[axis], self.region[axis + 2]))
@@ -250,8 +278,6 @@ class PhotometricTransform(Transform):
     and distorts floating-point values, which it doesn't clip.
     """
 
-    per_pixel = True  # what becomes of a pixel depends on no other one
-
     def __init__(
         self,
         brightness: float = 0.0,
@@ -298,11 +324,13 @@ class PhotometricTransform(Transform):
             raise ValueError(f"image is {img.dtype} of {img.shape}, expected uint8 of (H, W, 3)")
         img = self._distort(img)
         if self.channel_order != (0, 1, 2):
-            swapped = np.empty_like(img)
-            pairs = [v for pair in zip(self.channel_order, range(3)) for v in pair]
-            cv2.mixChannels([img], [swapped], pairs)
-            img = swapped
+            planes = cv2.split(img)
+            img = cv2.merge([planes[c] for c in self.channel_order])
         return img
+
+    def fixed(self, img: np.ndarray) -> "PhotometricTransform":
+        """This transform of ``img`` for any part of it: no pixel's result depends on another."""
+        return self
 
     def _distort(self, img: np.ndarray) -> np.ndarray:
         colour = self.saturation != 1 or self.hue != 0
@@ -320,12 +348,16 @@ class PhotometricTransform(Transform):
     def _change_hsv(self, img: np.ndarray, hue: float, saturation: float) -> np.ndarray:
         values = np.arange(256.0)
         rgb = self.image_format == "RGB"
-        hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV if rgb else cv2.COLOR_BGR2HSV)
+        row = img.reshape(1, -1, 3)  # OpenCV handles the end of each row apart
+        hsv = cv2.cvtColor(row, cv2.COLOR_RGB2HSV if rgb else cv2.COLOR_BGR2HSV)
+        planes = list(cv2.split(hsv))
         if hue != 0:
-            _replace_channel(hsv, 0, _table(np.round(values + hue) % 180))
+            planes[0] = cv2.LUT(planes[0], _table(np.round(values + hue) % 180))
         if saturation != 1:
-            _replace_channel(hsv, 1, _table(values * saturation))
-        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if rgb else cv2.COLOR_HSV2BGR)
+            planes[1] = cv2.LUT(planes[1], _table(values * saturation))
+        hsv = cv2.merge(planes, hsv)
+        out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if rgb else cv2.COLOR_HSV2BGR)
+        return out.reshape(img.shape)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords
@@ -356,38 +388,66 @@ class TorchvisionPhotometricTransform(PhotometricTransform):
     hue in floating point.
     """
 
-    def __init__(self, brightness: float = 1.0, *args, **kwargs):
+    def __init__(self, brightness: float = 1.0, *args, mean_grey: Optional[float] = None, **kwargs):
+        """
+        Args:
+            mean_grey: of the image where contrast changes it; None: of the one that is distorted.
+        """
         super().__init__(brightness, *args, **kwargs)
+        self.mean_grey = mean_grey
 
-    @property
-    def per_pixel(self) -> bool:
-        return self.contrast == 1
+    def fixed(self, img: np.ndarray) -> "TorchvisionPhotometricTransform":
+        """With the mean grey of ``img``, or of its 40 to 79 evenly spaced rows: for photographs
+        within a level."""
+        if self.contrast == 1 or self.mean_grey is not None:
+            return self
+        fixed = copy.copy(self)
+        fixed.mean_grey = self._mean_grey(img[:: max(1, len(img) // 40)])
+        return fixed
 
     def _distort(self, img: np.ndarray) -> np.ndarray:
-        grey = np.array([0.299, 0.587, 0.114])[:: 1 if self.image_format == "RGB" else -1]
-        if self.brightness != 1:
-            img = cv2.LUT(img, _table(np.arange(256.0) * self.brightness))
-        if self.contrast_first:
-            img = self._change_contrast(img, grey)
+        colour = self.saturation != 1 or self.hue != 0
+        before = self.contrast_first or not colour
+        values = np.arange(256.0)
+        table, contrast = _table(values * self.brightness), None
+        if self.contrast != 1:
+            mean = self._mean_grey(img) if self.mean_grey is None else self.mean_grey
+            contrast = _table(mean + (values - mean) * self.contrast)
+            table = contrast[table] if before else table
+        if self.brightness != 1 or (contrast is not None and before):
+            img = cv2.LUT(img, table)
         if self.saturation != 1:
             # linear in the channels: a row for each channel of the result
+            grey = self._grey()
             img = cv2.transform(img, self.saturation * np.eye(3) + (1 - self.saturation) * grey)
         if self.hue != 0:
             img = self._change_hsv(img, self.hue, 1.0)
-        return img if self.contrast_first else self._change_contrast(img, grey)
+        return img if contrast is None or before else cv2.LUT(img, contrast)
 
-    def _change_contrast(self, img: np.ndarray, grey: np.ndarray) -> np.ndarray:
-        if self.contrast == 1:
-            return img
-        mean = np.dot(grey, cv2.mean(img)[:3])
-        return cv2.LUT(img, _table(mean + (np.arange(256.0) - mean) * self.contrast))
+    def _mean_grey(self, img: np.ndarray) -> float:
+        """Of ``img`` after the steps before contrast."""
+        colour = (1.0, 0.0) if self.contrast_first else (self.saturation, self.hue)
+        steps = TorchvisionPhotometricTransform(
+            self.brightness, 1.0, True, *colour, image_format=self.image_format
+        )
+        return float(np.dot(self._grey(), cv2.mean(steps._distort(img))[:3]))
+
+    def _grey(self) -> np.ndarray:
+        return np.array([0.299, 0.587, 0.114])[:: 1 if self.image_format == "RGB" else -1]
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, mean_grey={self.mean_grey})"
 
 
 class PhotometricWarp(Transform):
     """``photometric`` and then ``warp``, or the other way round if ``photometric_last``.
 
-    Distorts only the pixels that the warp shows (all, if a pixel's result depends on the others)
-    or, last, those of its result, where the fill of an expanded image is distorted too.
+    Distorts only the pixels that the warp shows or, last, those of its result, where the fill of an
+    expanded image is distorted too.
+
+    Where the warp shrinks, the pixels sampled by it are distorted instead, without the fill. These
+    two steps nearly commute: on BCCD's photographs levels differ by at most 0.5 on average and 15
+    at an edge, where what is clipped or rounded differs on both sides.
     """
 
     def __init__(
@@ -404,12 +464,20 @@ class PhotometricWarp(Transform):
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         if self.photometric_last:
             return self.photometric.apply_image(self.warp.apply_image(img))
-        if self.photometric.per_pixel:
-            return self.warp.apply_image(img, self.photometric)
-        return self.warp.apply_image(self.photometric.apply_image(img))
+        return self.warp.apply_image(img, self.photometric.fixed(img))
+
+    @property
+    def reduction(self) -> int:
+        return self.warp.reduction
+
+    def reduced(self, factor: int) -> "PhotometricWarp":
+        return PhotometricWarp(self.photometric, self.warp.reduced(factor), self.photometric_last)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return self.warp.apply_coords(coords)
+
+    def apply_box(self, box: np.ndarray) -> np.ndarray:
+        return self.warp.apply_box(box)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         return self.warp.apply_segmentation(segmentation)
@@ -422,8 +490,8 @@ class PhotometricWarp(Transform):
 
 
 def _checked_size(name: str, size: Tuple[int, int]) -> Tuple[int, int]:
-    checked = tuple(int(v) for v in size)
-    if len(checked) != 2 or min(checked) < 1 or any(a != b for a, b in zip(checked, size)):
+    checked = tuple(map(int, size))
+    if len(checked) != 2 or min(checked) < 1 or checked != tuple(size):
         raise ValueError(
             f"{name} is {size}, expected (height, width), whole numbers of at least 1 "
             "(MODEL.SSD.INPUT_SIZE)"
@@ -431,10 +499,37 @@ def _checked_size(name: str, size: Tuple[int, int]) -> Tuple[int, int]:
     return checked
 
 
+def _samples(low: float, high: float, size: int, first: int, count: int) -> tuple:
+    """Along one axis, ``size`` samples of low … high: those that pixels first … first + count have
+    a share in, as (first sample, one past the last), the place of the first one, counted from the
+    middle of pixel ``first``, and the step between them."""
+    step = (high - low) / size
+    ends = sorted(((first - 0.5 - low) / step, (first + count + 0.5 - low) / step))
+    start, stop = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), size)
+    return start, stop, low + (start + 0.5) * step - 0.5 - first, step
+
+
+def _fade(
+    img: np.ndarray,
+    start: float,
+    step: float,
+    length: int,
+    before: bool,
+    after: bool,
+    fill: Sequence[float],
+) -> None:
+    """Blends with ``fill``, in place, the rows of ``img`` that were sampled half a pixel or more
+    ``before`` the first or ``after`` the last pixel of ``length``, as bilinear sampling does."""
+    places = start + step * np.arange(len(img))
+    share = np.minimum(
+        places + 1 if before else np.inf, length - places if after else np.inf
+    )  # of the image
+    rows = np.flatnonzero(share < 1)
+    if len(rows):
+        blend = fill + (img[rows] - fill) * share[rows, None, None].clip(0)
+        img[rows] = blend.round() if img.dtype == np.uint8 else blend
+
+
 def _table(values: np.ndarray) -> np.ndarray:
     """256 look-up values, clipped and rounded to uint8."""
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
-
-
-def _replace_channel(img: np.ndarray, channel: int, table: np.ndarray) -> None:
-    cv2.insertChannel(cv2.LUT(cv2.extractChannel(img, channel), table), img, channel)

@@ -14,7 +14,7 @@ from ssd.data.augmentations import (
     IoUCrop,
     PhotometricDistortion,
     Resize,
-    build_augmentations,
+    build_augmentation,
 )
 from ssd.data.transforms import (
     PhotometricTransform,
@@ -337,16 +337,16 @@ def test_photometric_first_or_last():
         assert ({(90,) * 6} == filled) is not last
 
 
-def test_build_augmentations_reads_the_config():
+def test_build_augmentation_reads_the_config():
     cfg = get_cfg()
     add_ssd_config(cfg)
     cfg.MODEL.SSD.INPUT_SIZE = [96, 64]
     cfg.MODEL.PIXEL_MEAN = [103.53, 116.28, 123.675]
-    (test,) = build_augmentations(cfg, is_train=False)
+    test = build_augmentation(cfg, is_train=False)
     assert test.get_transform(IMAGE).output_size == (96, 64)
     assert test.get_transform(IMAGE).region == (0, 0, WIDTH, HEIGHT)
 
-    (train,) = build_augmentations(cfg, is_train=True)
+    train = build_augmentation(cfg, is_train=True)
     photometric, expand, crop, resize, flip = train.augmentations
     assert expand.fill == (104, 116, 124) and photometric.image_format == "BGR"
     assert crop.sampler == "caffe" and resize.output_size == [96, 64] and flip.horizontal
@@ -363,7 +363,7 @@ def test_build_augmentations_reads_the_config():
     cfg.INPUT.PHOTOMETRIC.LAST = True
     cfg.INPUT.PHOTOMETRIC.STYLE, cfg.INPUT.PHOTOMETRIC.BRIGHTNESS = "torchvision", 0.125
     cfg.INPUT.IOU_CROP.OBJECTS = "all"
-    (train,) = build_augmentations(cfg, is_train=True)
+    train = build_augmentation(cfg, is_train=True)
     expand, crop, resize, flip, photometric = train.augmentations
     assert crop.objects == "all" and photometric.style == "torchvision"
     transform = train.get_transform(IMAGE, CROWD)
@@ -373,10 +373,10 @@ def test_build_augmentations_reads_the_config():
     for key in ("PHOTOMETRIC", "EXPAND", "IOU_CROP"):
         cfg.INPUT[key].ENABLED = False
     cfg.INPUT.RANDOM_FLIP = "none"
-    (train,) = build_augmentations(cfg, is_train=True)
+    train = build_augmentation(cfg, is_train=True)
     assert train.get_transform(IMAGE, None).region == (0, 0, WIDTH, HEIGHT)
     cfg.INPUT.RANDOM_FLIP = "vertical"
-    (train,) = build_augmentations(cfg, is_train=True)
+    train = build_augmentation(cfg, is_train=True)
     regions = {train.get_transform(IMAGE, None).region for _ in range(20)}
     assert regions == {(0, 0, WIDTH, HEIGHT), (0, HEIGHT, WIDTH, 0)}
 
@@ -385,7 +385,7 @@ def test_everything_drawn_comes_from_the_seed():
     cfg = get_cfg()
     add_ssd_config(cfg)
     cfg.INPUT.PHOTOMETRIC.SWAP_CHANNELS_PROB = 0.5
-    (train,) = build_augmentations(cfg, is_train=True)
+    train = build_augmentation(cfg, is_train=True)
     draws = []
     for _ in range(2):
         np.random.seed(7)
@@ -426,4 +426,4 @@ def test_errors_name_the_config_key():
     add_ssd_config(cfg)
     cfg.INPUT.RANDOM_FLIP = "diagonal"
     with pytest.raises(ValueError, match="INPUT.RANDOM_FLIP is 'diagonal'"):
-        build_augmentations(cfg, is_train=True)
+        build_augmentation(cfg, is_train=True)

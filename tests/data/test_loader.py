@@ -9,6 +9,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
 from ssd.data.loader import RunSampler, SampleStream, build_test_loader, build_train_loader
+from ssd.data.mapper import SSDDatasetMapper
 from ssd.data.shapes import CLASSES
 
 
@@ -90,7 +91,25 @@ def test_reading_a_sample_leaves_the_global_generators_alone(tiny_cfg):
         random.seed(3)
         torch.manual_seed(3)
         stream[0]
+        stream.__getitems__([1, 2])
     assert drawn[0] == drawn[1] == (np.random.rand(), random.random(), torch.rand(1).item())
+
+
+def test_a_batch_has_the_samples_that_are_read_one_by_one(tiny_cfg):
+    stream = build_train_loader(tiny_cfg()).dataset
+    numbers = [5, 40, 3, 3]
+    assert [plain(x) for x in stream.__getitems__(numbers)] == [plain(stream[n]) for n in numbers]
+
+
+def test_a_mapper_of_ones_own_is_called(tiny_cfg):
+    class Mapper(SSDDatasetMapper):
+        def __call__(self, dataset_dict):
+            return {**super().__call__(dataset_dict), "drawn": np.random.rand()}
+
+    own = build_train_loader(tiny_cfg(), Mapper(tiny_cfg(), True)).dataset
+    stock = build_train_loader(tiny_cfg()).dataset
+    for a, b in zip(own.__getitems__([0, 1]), stock.__getitems__([0, 1])):
+        assert plain(a) == plain(b) and 0 <= a["drawn"] < 1
 
 
 def test_a_failing_sample_restores_the_global_generators():

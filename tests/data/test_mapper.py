@@ -150,6 +150,8 @@ def test_exif_rotation_follows_the_size_of_the_annotation(tmp_path, mapper, size
 def test_another_size_than_the_annotation_says_is_an_error(picture, mapper):
     with pytest.raises(ValueError, match=r"a\.png is 40x30 pixels.*annotation says 50x20"):
         mapper(record(picture("a.png"), size=(20, 50)))
+    with pytest.raises(ValueError, match=r"a\.png is 40x30 pixels.*annotation says 0x0"):
+        mapper(record(picture("a.png"), size=(0, 0)))
 
 
 def test_defective_boxes_and_crowds_go_with_their_classes(picture, mapper):
@@ -246,6 +248,77 @@ def test_boxes_match_the_picture(tmp_path, tiny_cfg):
         assert np.abs(np.array(boxes_of(sample)[0]) - seen).max() < 1.5, f"seed {seed}"
         different.add(tuple(seen))
     assert len(different) > 30
+
+
+def smooth_photograph(path, size=(480, 640), **kwargs):
+    """Writes a JPEG of ``size`` (height, width) without detail that resizing could lose."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_CUBIC)
+    Image.fromarray(pixels).save(path, quality=95, subsampling=0, **kwargs)
+    return str(path)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (375, 501)])
+@pytest.mark.parametrize("kwargs", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + b"x" * 999}])
+def test_reduced_reading_of_a_jpeg(tmp_path, size, kwargs):
+    path = smooth_photograph(tmp_path / "a.jpg", size, **kwargs)
+    full = read_image(path, "RGB", size)
+    for factor in (2, 4, 8):
+        image = read_image(path, "RGB", size, factor)
+        assert image.shape == (-(-size[0] // factor), -(-size[1] // factor), 3)
+        height, width = size[0] // factor * factor, size[1] // factor * factor
+        means = full[:height, :width].reshape(height // factor, factor, -1, factor, 3).mean((1, 3))
+        error = np.abs(image[: len(means), : means.shape[1]] - means)
+        assert error.mean() < 1 and error.max() < 12
+        assert np.array_equal(read_image(path, "BGR", size, factor), image[..., ::-1])
+
+
+def test_reduced_reading_keeps_to_its_rules(tmp_path):
+    path = smooth_photograph(tmp_path / "a.jpg")
+    for size in ((476, 640), (480, 642), (240, 320), (640, 480)):
+        with pytest.raises(ValueError, match=f"640x480 pixels.*says {size[1]}x{size[0]}"):
+            read_image(path, "RGB", size, 2)
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="cut.jpg is truncated"):
+        read_image(str(tmp_path / "cut.jpg"), "RGB", (480, 640), 2)
+    # read in full: another format, an unknown size, one whose annotation is for it as stored
+    Image.open(path).save(tmp_path / "a.png")
+    assert read_image(str(tmp_path / "a.png"), "RGB", (480, 640), 2).shape == (480, 640, 3)
+    assert read_image(path, "RGB", (None, None), 2).shape == (480, 640, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = smooth_photograph(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(turned, "RGB", (640, 480), 2).shape == (320, 240, 3)
+    assert read_image(turned, "RGB", (480, 640), 2).shape == (480, 640, 3)
+
+
+def test_reduced_decoding_shows_the_same_objects(tmp_path, tiny_cfg):
+    given = record(smooth_photograph(tmp_path / "a.jpg"), [[100, 50, 500, 400]], (480, 640))
+    means = []
+    for is_train in (True, False):
+        both = []
+        for reduced in ("True", "False"):
+            mapper = SSDDatasetMapper(tiny_cfg("INPUT.REDUCED_DECODING", reduced), is_train)
+            samples = []
+            for seed in range(12):
+                np.random.seed(seed)
+                samples.append(mapper(given))
+            both.append(samples)
+        for a, b in zip(*both):
+            assert not is_train or boxes_of(a) == boxes_of(b)
+            means.append((a["image"].int() - b["image"].int()).abs().float().mean().item())
+    assert 0 < max(means[:12]) < 2 and max(means[12:]) == 0  # testing is never reduced
+
+
+def test_a_dict_without_a_size_is_read_as_well(picture, mapper):
+    given = record(picture("a.png"), [[4, 3, 20, 15]])
+    expected = mapper(given)
+    del given["height"], given["width"]
+    sample = mapper(given)
+    assert torch.equal(sample["image"], expected["image"])
+    assert boxes_of(sample) == boxes_of(expected)
+    assert (sample["height"], sample["width"]) == (30, 40)
 
 
 def test_equal_seeds_give_equal_samples(picture, tiny_cfg):

@@ -343,27 +343,106 @@ def test_photometric_leaves_geometry():
 
 
 @pytest.mark.parametrize(
-    "photometric, bound",
+    "photometric, bound, mean_bound",
     [
-        (PhotometricTransform(20, 1.3), 0),
-        # OpenCV's conversion to HSV rounds otherwise for the last pixels of a row
-        (PhotometricTransform(20, 1.3, False, 1.4, 9.3), 4),
-        (TorchvisionPhotometricTransform(1.1, saturation=1.4), 0),
-        # the mean grey is that of the whole image, not that of the region
-        (TorchvisionPhotometricTransform(1.1, 0.5), 0),
+        (PhotometricTransform(20, 1.3), 0, 0.6),
+        # OpenCV's conversion to HSV rounds otherwise for the last pixels
+        (PhotometricTransform(20, 1.3, False, 1.4, 9.3), 4, 1.5),
+        (TorchvisionPhotometricTransform(1.1, saturation=1.4), 0, 0.6),
+        # the mean grey is that of the whole image, here of every third row
+        (TorchvisionPhotometricTransform(1.1, 0.5), 2, 1),
+        (TorchvisionPhotometricTransform(1.1, 1.5, False, 0.7, -5), 4, 1.5),
     ],
 )
-def test_photometric_warp_equals_its_two_steps(photometric, bound):
-    image = textured()
+def test_photometric_warp_equals_its_two_steps(photometric, bound, mean_bound):
+    image = cv2.GaussianBlur(textured(), (0, 0), 1)
+    shrinking = 0
     for chain in CHAINS:
         warp = one_warp(image, *chain, True)
         both = PhotometricWarp(photometric, warp)
         expected = warp.apply_image(photometric.apply_image(image))  # the fill isn't distorted
-        assert np.abs(both.apply_image(image).astype(int) - expected).max() <= bound
+        error = np.abs(both.apply_image(image).astype(int) - expected)
+        (x0, y0, x1, y1), (height, width) = warp.region, warp.output_size
+        if abs((x1 - x0) * (y1 - y0)) > height * width:  # distorted after sampling
+            assert error.mean() <= mean_bound
+            shrinking += 1
+        else:
+            # with the edge towards the fill, where rounding comes before and after blending
+            assert error.max() <= max(bound, 1 if warp._reaches_outside() else 0)
         boxes = np.array([[3.0, 4, 50, 60]])
         assert np.array_equal(both.apply_box(boxes), warp.apply_box(boxes))
         labels = image[:, :, 0]
         assert np.array_equal(both.apply_segmentation(labels), warp.apply_segmentation(labels))
+    assert 0 < shrinking < len(CHAINS)
+
+
+def test_mean_grey_is_that_of_the_image(bccd):
+    photometric = TorchvisionPhotometricTransform(1.1, 0.5, False, 1.3, 4)
+    small = textured(79)
+    assert photometric.fixed(small).mean_grey == photometric._mean_grey(small)
+    for path in sorted((bccd / "bccd" / "JPEGImages").iterdir())[:20]:
+        image = cv2.imread(str(path))
+        fixed = photometric.fixed(image)
+        assert abs(fixed.mean_grey - photometric._mean_grey(image)) < 1
+        assert fixed.fixed(image[:10]) is fixed
+    assert TorchvisionPhotometricTransform(1.1).fixed(image).mean_grey is None
+
+
+@pytest.mark.parametrize("style", ["caffe", "torchvision"])
+def test_distorting_after_a_shrinking_warp_changes_photographs_little(bccd, style):
+    rng = np.random.RandomState(0)
+    outside = 0
+    for path in sorted((bccd / "bccd" / "JPEGImages").iterdir())[:20]:
+        image = cv2.imread(str(path))
+        height, width = image.shape[:2]
+        factors = rng.uniform(0.5, 1.5), bool(rng.randint(2)), rng.uniform(0.5, 1.5)
+        if style == "caffe":
+            photometric = PhotometricTransform(rng.uniform(-32, 32), *factors, rng.uniform(-18, 18))
+        else:
+            photometric = TorchvisionPhotometricTransform(
+                rng.uniform(0.875, 1.125), *factors, rng.uniform(-9, 9)
+            )
+        x0, y0 = rng.randint(-500, 100), rng.randint(-400, 60)
+        region = (x0, y0, rng.randint(540, 1200), rng.randint(400, 800))
+        warp = WarpTransform(region, (300, 300), (height, width), FILL)
+        expected = warp.apply_image(photometric.apply_image(image))
+        error = np.abs(PhotometricWarp(photometric, warp).apply_image(image).astype(int) - expected)
+        assert error.mean() < 0.6 and error.max() <= 20
+        outside += warp._reaches_outside()
+    assert 0 < outside
+
+
+@pytest.mark.parametrize("region, expected", [
+    ((0, 0, 100, 80), 1), ((0, 0, 159, 160), 1), ((0, 0, 160, 159), 1), ((0, 0, 160, 160), 2),
+    ((160, 160, 0, 0), 2), ((-100, -100, 219, 300), 2), ((-100, -100, 220, 300), 4),
+    ((-300, -300, 700, 700), 8), ((-4000, -4000, 4000, 4000), 8),
+])  # fmt: skip
+def test_reduction_leaves_no_fewer_pixels_than_are_shown(region, expected):
+    warp = WarpTransform(region, (80, 80), (120, 160), FILL)
+    assert warp.reduction == expected
+    assert PhotometricWarp(PhotometricTransform(), warp).reduction == expected
+
+
+@pytest.mark.parametrize("region", [
+    (-301, -200, 700, 620), (700, 620, -301, -200), (3, 5, 317, 238), (-90, 3, 240, 239),
+])  # fmt: skip
+@pytest.mark.parametrize("size", [(240, 320), (239, 317)])
+def test_reduced_warp_shows_the_same(region, size):
+    y, x = np.mgrid[:240, :320]
+    image = np.stack([x / 2 + 40, y + 10, 250 - x / 2], 2).astype(np.uint8)  # means keep it
+    warp = WarpTransform(region, (60, 70), size, FILL)
+    for factor in (2, 4):
+        half = cv2.resize(image, (320 // factor, 240 // factor), interpolation=cv2.INTER_AREA)
+        half = half[: -(-size[0] // factor), : -(-size[1] // factor)]
+        reduced = warp.reduced(factor)
+        assert reduced.source_size == half.shape[:2]
+        out = reduced.apply_image(half).astype(int)
+        error = np.abs(out - warp.apply_image(image[: size[0], : size[1]]))
+        # towards the fill it fades out over a pixel of the reduced image
+        assert np.percentile(error, 94) <= 2 and error.mean() < 1.5
+    assert repr(PhotometricWarp(PhotometricTransform(), warp).reduced(2).warp) == repr(
+        warp.reduced(2)
+    )
 
 
 def test_photometric_last_distorts_the_result_with_its_fill():

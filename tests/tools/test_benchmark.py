@@ -112,7 +112,7 @@ def test_options_reach_our_config(work):
 
 
 @pytest.mark.parametrize(
-    "name", ["ours", "torchvision (PIL)", "torchvision (tensors)", "cv2.imread"]
+    "name", ["ours", "torchvision (PIL)", "torchvision (tensors)", "cv2.imread (memory reused)"]
 )
 def test_data_reads_every_file_before_one_again(work, prepared, monkeypatch, name):
     data = work(name, "data")  # 32 samples
@@ -123,7 +123,7 @@ def test_data_reads_every_file_before_one_again(work, prepared, monkeypatch, nam
     try:  # nothing was kept
         with pytest.raises((FileNotFoundError, RuntimeError, AttributeError, AssertionError)):
             data.run()
-            assert name != "cv2.imread"  # which gives None
+            assert not name.startswith("cv2.imread")  # which gives None
     finally:
         for path in (prepared[0] / "tiny/images").iterdir():
             path.rename(path.with_suffix(".jpg"))
@@ -192,7 +192,11 @@ def test_ratios_are_of_medians():
 
 def test_the_faster_of_torchvisions_chains_counts():
     case = result("data", ours=[0.1], **{"torchvision (PIL)": [0.4], "torchvision (tensors)": [1]})
-    case["contenders"]["cv2.imread"] = {**case["contenders"]["ours"], "samples": [0.1], "images": 8}
+    case["contenders"]["cv2.imread (memory reused)"] = {
+        **case["contenders"]["ours"],
+        "samples": [0.1],
+        "images": 8,
+    }
     ours = report.summarise(case, REPORT)["ours"]
     assert ours["times_faster"]["torchvision"] == pytest.approx(4)
     assert ours["of_limit"] == pytest.approx(0.5)  # decoding takes half of it per image

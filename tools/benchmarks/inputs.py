@@ -16,14 +16,20 @@ from ssd.data.shapes import render_shapes
 
 SIZE = (480, 640)  # height and width of a JPEG
 QUALITY = 90
+DETAIL = 45  # standard deviation in levels: files of about 160 KB, as COCO's (train2017)
 CLASSES = ["RBC", "WBC", "Platelets"]
 
 
-def write_images(folder: Path, count: int, num_classes: int) -> str:
+def write_images(folder: Path, count: int, num_classes: int, detailed: bool = True) -> str:
     """Writes FOLDER/images/*.jpg, all different, and FOLDER/train.json in COCO's format.
 
     They are photographs of BCCD, if it lies in ``$DETECTRON2_DATASETS`` or beside the repository,
     else rendered shapes. The boxes are the data set's, their classes random.
+
+    Args:
+        detailed: adds noise with the spectrum of photographs (amplitude ~ 1 / frequency). Both
+            sources are smooth: their files are a fifth as large as COCO's, and decoded in half
+            the time.
 
     Returns:
         what they are.
@@ -31,17 +37,21 @@ def write_images(folder: Path, count: int, num_classes: int) -> str:
     (folder / "images").mkdir()
     records, what = _source(folder, count)
     rng = np.random.default_rng(0)
-    images, annotations = [], []
+    detail = DETAIL * _pink_noise(rng, (2 * SIZE[0], 2 * SIZE[1]))
+    images, annotations, size = [], [], 0
     for number, record in enumerate(records):
         image = cv2.imread(record["file_name"])
         height, width = image.shape[:2]
         scale = np.array([SIZE[1] / width, SIZE[0] / height] * 2)
         name = f"{number:06}.jpg"
-        cv2.imwrite(
-            str(folder / "images" / name),
-            cv2.resize(image, SIZE[::-1]),
-            [cv2.IMWRITE_JPEG_QUALITY, QUALITY],
-        )
+        image = cv2.resize(image, SIZE[::-1])
+        if detailed:
+            y, x = rng.integers(SIZE[0]), rng.integers(SIZE[1])
+            image = image + detail[y : y + SIZE[0], x : x + SIZE[1], None]
+            image = image.round().clip(0, 255).astype(np.uint8)
+        path = str(folder / "images" / name)
+        cv2.imwrite(path, image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        size += os.path.getsize(path)
         images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
         for x0, y0, x1, y1 in (xyxy_boxes(record["annotations"]) * scale).tolist():
             annotations.append(
@@ -52,7 +62,18 @@ def write_images(folder: Path, count: int, num_classes: int) -> str:
                 }
             )  # fmt: skip
     write_coco(folder / "train.json", images, annotations, num_classes)
-    return f"{len(images)} {what}, {SIZE[1]}x{SIZE[0]}, JPEG quality {QUALITY}"
+    what += " with noise" if detailed else ""
+    what = f"{len(images)} {what}, {SIZE[1]}x{SIZE[0]}, JPEG quality {QUALITY}"
+    return f"{what}, {size / len(images) / 1000:.0f} KB each"
+
+
+def _pink_noise(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
+    """(H, W) of mean 0 and standard deviation 1; its amplitudes fall with the frequency."""
+    rows, columns = np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])
+    frequency = np.hypot(rows, columns)
+    frequency[0, 0] = np.inf
+    noise = np.fft.irfft2(np.fft.rfft2(rng.normal(size=size)) / frequency, size)
+    return noise / noise.std()
 
 
 def _source(folder: Path, count: int) -> Tuple[List[Dict], str]:

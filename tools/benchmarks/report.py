@@ -55,7 +55,7 @@ def case_limit(result: Dict, report: Dict, name: str) -> Optional[Dict]:
     """Seconds that one run of a contender takes at least; None where no limit is known."""
     task, contenders = result["task"], result["contenders"]
     if task == "data":
-        decoding, own = contenders.get("cv2.imread", {}), contenders[name]
+        decoding, own = contenders.get("cv2.imread (memory reused)", {}), contenders[name]
         if "samples" not in decoding:
             return None
         seconds = median(decoding["samples"]) / decoding["images"] * own["images"]

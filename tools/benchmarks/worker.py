@@ -128,7 +128,9 @@ def prepare_files(settings: Dict) -> Dict:
     for name in models:
         sub = folder / name
         sub.mkdir()
-        found["images"] = inputs.write_images(sub, settings["images"], num_classes[name])
+        found["images"] = inputs.write_images(
+            sub, settings["images"], num_classes[name], not settings.get("smooth_images")
+        )
         one, cost = definition(name), {}
         entry = {"torchvision": one.torchvision is not None, "mmdet": one.mmdet}
         if {"predict", "network", "postprocess", "train-step", "train-loop"} & set(tasks):
