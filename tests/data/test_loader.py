@@ -1,14 +1,22 @@
 import itertools
 import logging
+import pickle
 import random
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
-from ssd.data.loader import RunSampler, SampleStream, build_test_loader, build_train_loader
+from ssd.data.loader import (
+    Batch,
+    RunSampler,
+    SampleStream,
+    build_test_loader,
+    build_train_loader,
+)
 from ssd.data.mapper import SSDDatasetMapper
 from ssd.data.shapes import CLASSES
 
@@ -34,6 +42,27 @@ def test_stream_does_not_depend_on_workers(tiny_cfg):
     alone = batches(tiny_cfg(), 5)
     for workers in (1, 2):
         assert batches(tiny_cfg("DATALOADER.NUM_WORKERS", workers), 5) == alone
+
+
+def test_a_batch_travels_as_one_tensor_per_type():
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch()
+    for count in (3, 0, 1):
+        instances = Instances((4, 5), gt_boxes=Boxes(torch.rand(count, 4, generator=generator)))
+        instances.gt_classes = torch.arange(count)
+        image = torch.randint(0, 256, (3, 4, 5), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "scale": torch.tensor(0.5)})
+    batch.append({"file_name": "a.jpg"})
+    (_, (_, _, packed)) = batch.__reduce__()
+    assert {x.dtype for x in packed.values()} == {torch.uint8, torch.float32, torch.int64}
+    received = pickle.loads(ForkingPickler.dumps(batch))
+    assert type(received) is list and received[3] == {"file_name": "a.jpg"}
+    for sent, got in zip(batch[:3], received[:3]):
+        assert torch.equal(sent["image"], got["image"]) and torch.equal(sent["scale"], got["scale"])
+        assert torch.equal(sent["instances"].gt_boxes.tensor, got["instances"].gt_boxes.tensor)
+        assert torch.equal(sent["instances"].gt_classes, got["instances"].gt_classes)
+        assert got["instances"].image_size == (4, 5)
+    assert pickle.loads(ForkingPickler.dumps(Batch())) == []
 
 
 @pytest.mark.parametrize("start_iter", [3, 5])  # within the first epoch of 16 / 4, and later
