@@ -15,6 +15,7 @@ import cv2
 import torch
 import yaml
 from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import AugmentationList
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -35,7 +36,7 @@ from torch import nn
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
-from ssd.data.augmentations import build_augmentations
+from ssd.data.augmentations import build_augmentation
 from ssd.data.datasets import check_class_count
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.data.mapper import SSDDatasetMapper, read_image
@@ -313,7 +314,9 @@ class Trainer(DefaultTrainer):
         check_class_count(cfg)
         model = SSDWithTTA(cfg, optimize(model, cfg))
         # images in their full size, which crops need
-        mapper = SSDDatasetMapper(is_train=False, augmentations=[], image_format=cfg.INPUT.FORMAT)
+        mapper = SSDDatasetMapper(
+            is_train=False, augmentation=AugmentationList([]), image_format=cfg.INPUT.FORMAT
+        )
         results = {}
         for name in cfg.DATASETS.TEST:
             folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA", name)
@@ -334,7 +337,7 @@ class Trainer(DefaultTrainer):
         """
         mapper = SSDDatasetMapper(
             is_train=True,
-            augmentations=build_augmentations(cfg, is_train=False),
+            augmentation=build_augmentation(cfg, is_train=False),
             image_format=cfg.INPUT.FORMAT,
         )
         loaders = {name: build_test_loader(cfg, name, mapper) for name in cfg.DATASETS.TEST}

@@ -26,7 +26,7 @@ from detectron2.modeling import build_model
 from torchvision.ops import box_iou
 
 from ssd import load_config
-from ssd.data.augmentations import build_augmentations
+from ssd.data.augmentations import ImageSize, build_augmentation
 from ssd.data.datasets import check_class_count, xyxy_boxes
 from ssd.data.transforms import centers_inside
 from ssd.modeling.multibox import match_default_boxes
@@ -89,7 +89,7 @@ def read_objects(cfg: CfgNode, augmented: bool, max_images: int) -> Objects:
     if len(records) > max_images:
         records = [records[i] for i in rng.permutation(len(records))[:max_images]]
     np.random.seed(0)  # of the augmentations
-    augmentation = build_augmentations(cfg, augmented)[0]
+    augmentation = build_augmentation(cfg, augmented)
     height, width = cfg.MODEL.SSD.INPUT_SIZE
     boxes, classes, images = [np.zeros((0, 4))], [], []
     for number, record in enumerate(records):
@@ -98,9 +98,9 @@ def read_objects(cfg: CfgNode, augmented: bool, max_images: int) -> Objects:
         own = np.clip(xyxy_boxes(annotations), 0, [size[1], size[0]] * 2)
         keep = (own[:, 2:] > own[:, :2]).all(1)
         own, labels = own[keep], np.array([a["category_id"] for a in annotations], int)[keep]
-        blank = np.broadcast_to(np.uint8(0), (*size, 3))  # only its size is used
-        transform = augmentation.get_transform(*((blank, own) if augmented else (blank,)))
-        own = transform.apply_box(own) if len(own) else own
+        sample = ImageSize(size, own)
+        augmentation(sample)
+        own = sample.boxes
         inside = centers_inside(own, (height, width))
         own, labels = np.clip(own[inside], 0, [width, height] * 2), labels[inside]
         keep = (own[:, 2:] > own[:, :2]).all(1)
