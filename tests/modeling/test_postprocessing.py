@@ -4,8 +4,16 @@ import math
 
 import pytest
 import torch
+from detectron2.modeling.postprocessing import detector_postprocess
 
-from ssd.modeling.postprocessing import decode_boxes, detect, rank_in_group, select_candidates
+from ssd.modeling.postprocessing import (
+    _nms_per_class,
+    _nms_without_waiting,
+    decode_boxes,
+    detect,
+    rank_in_group,
+    select_candidates,
+)
 
 WEIGHTS = [10.0, 10.0, 5.0, 5.0]
 LIMIT = 1000 / 16
@@ -339,3 +347,47 @@ def test_infinite_boxes_do_not_spoil_the_others():
 def test_unknown_clip_names_the_key():
     with pytest.raises(ValueError, match=r"MODEL\.SSD\.CLIP_TEST.*'never'"):
         detections([[1.0, 1, 5, 9]], [1.0], "never")
+
+
+def test_nms_without_waiting_is_nms():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(4, 150, 2, generator=generator) * 100
+    boxes = torch.cat([corner, corner + torch.rand(4, 150, 2, generator=generator) * 90], dim=-1)
+    boxes[0, 5] = float("nan")
+    boxes[1, 7, 2:] = boxes[1, 7, :2]  # no area
+    cls = torch.randint(0, 2, (4, 150), generator=generator)
+    valid = torch.rand(4, 150, generator=generator) > 0.1
+    kept, settled = _nms_without_waiting(boxes, cls, valid, 0.45)
+    expected = _nms_per_class(boxes, cls, valid, 2, 0.45)
+    assert settled.all() and torch.equal(kept, expected)
+    assert 0.1 < expected.float().mean() < 0.7 and expected[1, 7] == valid[1, 7]
+
+
+def test_nms_without_waiting_tells_what_is_not_settled():
+    """Each box overlaps the next one: every second is kept, found out one after another."""
+    x = 6.0 * torch.arange(40)
+    boxes = torch.stack([x, torch.zeros(40), x + 20, torch.full((40,), 10.0)], dim=-1)
+    boxes = torch.stack([boxes, boxes])
+    cls, valid = torch.zeros(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool)
+    valid[1, 5:] = False  # a short chain
+    kept, settled = _nms_without_waiting(boxes, cls, valid, 0.5)
+    assert settled.tolist() == [False, True]
+    assert kept[1, :5].tolist() == [True, False, True, False, True]
+
+
+def test_boxes_are_scaled_as_detectron2_does():
+    scores, deltas, boxes = random_predictions()
+    sizes = [(90, 120), (45, 500), (1000, 7)]
+    group, num_groups = groups("class")
+    settings = dict(
+        group=group, num_groups=num_groups, score_thresh=0.02, topk_candidates=1000,
+        nms_thresh=0.45, detections_per_image=20, bbox_reg_weights=WEIGHTS, bbox_reg_clamp="both",
+    )  # fmt: skip
+    plain = detect(scores, deltas, boxes, SIZE, **settings)
+    scaled = detect(scores, deltas, boxes, SIZE, sizes, **settings)
+    for one, result, size in zip(plain, scaled, sizes):
+        expected = detector_postprocess(one, *size)
+        assert result.image_size == size and len(result) == len(expected) > 5
+        assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(result.scores, expected.scores)
+        assert torch.equal(result.pred_classes, expected.pred_classes)

@@ -1,0 +1,124 @@
+"""What only a GPU can show; skipped without one."""
+
+import warnings
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from ssd.engine import Trainer, TrainingStep
+from ssd.inference import CudaGraph, optimize
+from ssd.modeling.postprocessing import _nms_per_class, _nms_without_waiting
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def model(tiny_cfg):
+    torch.manual_seed(0)
+    cfg = tiny_cfg("MODEL.DEVICE", "cuda", "MODEL.SSD.SCORE_THRESH_TEST", "0.1")
+    return cfg, build_model(cfg).eval()
+
+
+def images(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"image": torch.randint(0, 256, (3, *size), generator=generator).to(torch.uint8),
+         "height": 120, "width": 90}
+        for size in sizes
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_graph_and_cpu_give_the_same_detections(model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    cfg, slow = model
+    fast = optimize(slow, cfg)
+    assert isinstance(fast.infer, CudaGraph)
+    for sizes in ([(96, 96)], [(64, 80)] * 3, [(96, 96), (50, 70)], [(96, 96)]):
+        inputs = images(*sizes)
+        on_gpu, recorded = slow(inputs), [fast(inputs) for _ in range(2)][-1]
+        on_cpu = slow.cpu()(inputs)
+        slow.cuda()
+        for a, b, c in zip(on_cpu, on_gpu, recorded):
+            a, b, c = (x["instances"].to("cpu") for x in (a, b, c))
+            assert len(a) == len(b) == len(c) > 20
+            torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-4)
+            torch.testing.assert_close(c.scores, a.scores, rtol=0, atol=1e-4)
+            assert c.image_size == (120, 90)
+    assert len(fast.infer._graphs) == 3 and all(fast.infer._graphs.values())
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_runs_as_it_is(caplog):
+    graph = CudaGraph(lambda x: (x[x > 0],))
+    for values in ([1.0, -1.0, 2.0], [-1.0, -1.0, 3.0]):
+        x = torch.tensor(values, device="cuda")
+        assert torch.equal(graph(x)[0], x[x > 0])
+    assert "TEST.CUDA_GRAPH isn't used" in caplog.text
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_nms_without_waiting():
+    generator = torch.Generator("cuda").manual_seed(0)
+    corner = torch.rand(5, 800, 2, generator=generator, device="cuda") * 200
+    size = torch.rand(5, 800, 2, generator=generator, device="cuda") * 150
+    boxes = torch.cat([corner, corner + size], dim=-1)
+    cls = torch.randint(0, 3, (5, 800), generator=generator, device="cuda")
+    valid = torch.rand(5, 800, generator=generator, device="cuda") > 0.1
+    kept, settled = _nms_without_waiting(boxes, cls, valid, 0.45)
+    assert settled.all() and torch.equal(kept, _nms_per_class(boxes, cls, valid, 3, 0.45))
+
+
+def training(cfg, dtype, bad):
+    """A step whose batch number ``bad`` is not finite."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+
+    def batches():
+        number = 0
+        while True:
+            value = float("nan") if number == bad else 100.0
+            instances = Instances((96, 96), gt_classes=torch.tensor([1]))
+            instances.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 50.0, 60.0]]))
+            sample = {"image": torch.full((3, 96, 96), value), "instances": instances}
+            yield [{**sample, "file_name": f"{number}.jpg"}] * 4
+            number += 1
+
+    step = TrainingStep(model, batches(), Trainer.build_optimizer(cfg, model), dtype, late=True)
+    step.iter, step._storage = 0, EventStorage()
+    return step
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16", "float16"])
+def test_a_step_never_waits_and_masks_its_own_update(tiny_cfg, dtype):
+    step = training(tiny_cfg("MODEL.DEVICE", "cuda", "SOLVER.BASE_LR", 1e-4), dtype, bad=6)
+    with step.storage:
+        for _ in range(5):
+            step.run_step()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step.run_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        before = [x.clone() for x in step.model.parameters()]
+        step.run_step()
+        assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters()))
+        with pytest.raises(FloatingPointError, match="6.jpg"):
+            step.run_step()
+
+
+def test_a_first_update_that_is_masked_leaves_finite_weights(tiny_cfg):
+    """float16's scale is too large at first, and the optimizer's momentum isn't there yet."""
+    step = training(tiny_cfg("MODEL.DEVICE", "cuda", "SOLVER.BASE_LR", 1e-4), "float16", bad=-1)
+    step.grad_scaler.update(2.0**60)
+    with step.storage:
+        for _ in range(60):
+            step.run_step()
+    assert step.grad_scaler.get_scale() < 2.0**60
+    assert all(x.isfinite().all() for x in step.model.parameters())
