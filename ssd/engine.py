@@ -37,6 +37,7 @@ from ssd.data.mapper import read_image
 from ssd.evaluation import build_evaluator
 from ssd.hooks import BestCheckpoint, GracefulStop, WeightAverage
 from ssd.inference import compile_network, optimize
+from ssd.memory import keep_freed_memory
 from ssd.solver import build_lr_scheduler, schedule_in_iterations
 
 __all__ = ["Trainer", "argument_parser", "draw_detections", "launch", "setup"]
@@ -285,6 +286,8 @@ class TrainingStep(SimpleTrainer):
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
+        if self.device == "cpu":
+            keep_freed_memory()
         if amp_dtype not in ("", "bfloat16", "float16"):
             raise ValueError(f"SOLVER.AMP.DTYPE: 'bfloat16' or 'float16', got {amp_dtype!r}")
         if amp_dtype == "float16" and self.device != "cuda":

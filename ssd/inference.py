@@ -10,6 +10,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ssd.memory import keep_freed_memory
 from ssd.modeling import SSD
 
 __all__ = ["compile_network", "fold_batch_norm", "optimize"]
@@ -24,7 +25,7 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
     BatchNorm goes into the convolutions in front of it; with ``MODEL.COMPILE`` the network is
     compiled, and with ``TEST.DTYPE`` it runs in that type. Default boxes, scores and detections
-    stay in float32.
+    stay in float32. On CPUs the process keeps memory that it frees.
 
     Args:
         model: an SSD, also wrapped in DistributedDataParallel; any other model is returned itself.
@@ -36,6 +37,8 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if cfg.TEST.DTYPE not in dtype:
         raise ValueError(f"TEST.DTYPE: one of {list(dtype)}, got {cfg.TEST.DTYPE!r}")
+    if isinstance(model, SSD) and model.device.type == "cpu":
+        keep_freed_memory()
     works = cfg.MODEL.COMPILE or dtype[cfg.TEST.DTYPE] or any(_normed_convolutions(model))
     if not (isinstance(model, SSD) and works):
         return model
