@@ -12,6 +12,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ssd.memory import keep_freed_memory
 from ssd.modeling import SSD
 
 __all__ = ["CudaGraph", "compile_network", "fold_batch_norm", "optimize"]
@@ -27,7 +28,7 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     BatchNorm goes into the convolutions in front of it; with ``MODEL.COMPILE`` the network is
     compiled, and with ``TEST.DTYPE`` it runs in that type. Default boxes, scores and detections
     stay in float32. On GPUs a CUDA graph holds everything between a batch and its detections
-    (``TEST.CUDA_GRAPH``).
+    (``TEST.CUDA_GRAPH``). On CPUs the process keeps memory that it frees.
 
     Args:
         model: an SSD, also wrapped in DistributedDataParallel; any other model is returned itself.
@@ -41,7 +42,10 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
         raise ValueError(f"TEST.DTYPE: one of {list(dtypes)}, got {cfg.TEST.DTYPE!r}")
     if not isinstance(model, SSD):
         return model
-    dtype, graph = dtypes[cfg.TEST.DTYPE], cfg.TEST.CUDA_GRAPH and model.device.type == "cuda"
+    on_gpu = model.device.type == "cuda"
+    if not on_gpu:
+        keep_freed_memory()
+    dtype, graph = dtypes[cfg.TEST.DTYPE], cfg.TEST.CUDA_GRAPH and on_gpu
     if not (cfg.MODEL.COMPILE or dtype or graph or any(_normed_convolutions(model))):
         return model
     model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -52,7 +56,6 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
             if isinstance(module, nn.Conv2d):  # once; autocast would do it at every run
                 for weight in module.parameters(recurse=False):
                     weight.data = weight.to(dtype)
-    on_gpu = model.device.type == "cuda"
     if cfg.MODEL.COMPILE:
         # constant weights: on CPUs they are laid out for the convolutions once
         compile_network(model, options=None if on_gpu else {"freezing": True})

@@ -9,6 +9,8 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor
 
+from ssd.memory import keep_freed_memory
+
 __all__ = ["TrainingStep", "check_finite"]
 
 
@@ -27,6 +29,8 @@ class TrainingStep(SimpleTrainer):
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
+        if self.device == "cpu":
+            keep_freed_memory()
         if amp_dtype not in ("", "bfloat16", "float16"):
             raise ValueError(f"SOLVER.AMP.DTYPE: 'bfloat16' or 'float16', got {amp_dtype!r}")
         if amp_dtype == "float16" and self.device != "cuda":

@@ -88,7 +88,7 @@ def training(cfg, dtype, bad):
             number += 1
 
     step = TrainingStep(model, batches(), Trainer.build_optimizer(cfg, model), dtype, late=True)
-    step.iter, step._storage = 0, EventStorage()
+    step.iter, step.storage = 0, EventStorage()
     return step
 
 

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 
 from ssd.data.datasets import check_class_count, find_box_defects
 from ssd.data.mapper import SSDDatasetMapper
+from ssd.memory import keep_freed_memory
 
 __all__ = [
     "Batch",
@@ -29,7 +30,6 @@ __all__ = [
     "SampleStream",
     "build_test_loader",
     "build_train_loader",
-    "reuse_freed_memory",
 ]
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = RunSampler(cfg.SOLVER.IMS_PER_BATCH)
     if cfg.DATALOADER.NUM_WORKERS == 0:
-        reuse_freed_memory()
+        keep_freed_memory()
     return torch.utils.data.DataLoader(
         SampleStream(dataset, mapper or SSDDatasetMapper(cfg, True), seed),
         sampler=sampler,
@@ -221,15 +221,5 @@ def _unpack(data: bytes, layout: List[tuple], packed: dict) -> list:
 
 def _init_worker(_: int) -> None:
     cv2.setNumThreads(0)
-    reuse_freed_memory()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-
-
-def reuse_freed_memory() -> None:
-    """Makes glibc's malloc keep the memory of freed images for the next ones.
-
-    It hands back to the system what exceeds a bound, and new memory costs a page fault for every
-    4 KB: on a virtual machine as much time as decoding. The bound follows the largest block that
-    was freed, up to 32 MB.
-    """
-    np.empty(2**25 - 2**16, np.uint8)

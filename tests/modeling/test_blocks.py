@@ -10,6 +10,7 @@ from torchvision.ops import SqueezeExcitation
 from ssd.modeling.blocks import (
     BatchNorm2d,
     InvertedResidual,
+    ReLU6,
     check_out_features,
     conv_block,
     pad_as_tensorflow,
@@ -182,3 +183,48 @@ def test_check_out_features():
     for names in ([], ["a", "c"]):
         with pytest.raises(ValueError, match=r"MODEL\.SSD\.IN_FEATURES.*choose from \['a', 'b'\]"):
             check_out_features(names, ["a", "b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu6_equals_torchs_and_keeps_no_copy(dtype):
+    values = torch.tensor([-1, -0.0, 0, 1e-3, 3, 5.96875, 6, 7, float("nan")], dtype=dtype)
+    upstream = torch.arange(1.0, 10).to(dtype)
+    results = []
+    for layer in (ReLU6(inplace=True), nn.ReLU6(inplace=True)):
+        kept = []
+        x = values.clone().requires_grad_()
+        hidden = x * 1
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            output = layer(hidden)
+        assert output.data_ptr() == hidden.data_ptr()
+        output.backward(upstream)
+        results.append((output.detach(), x.grad, kept[0].data_ptr() == output.data_ptr()))
+    (ours, our_grad, shared), (theirs, their_grad, their_shared) = results
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(our_grad, their_grad, rtol=0, atol=0, equal_nan=True)
+    assert shared and not their_shared
+
+
+@pytest.mark.parametrize("kernel, padding, size", [(3, 1, 9), (5, 2, 8), (3, 0, 8)])
+def test_bfloat16_gradients_of_a_strided_depthwise_convolution(kernel, padding, size):
+    torch.manual_seed(0)
+    layer = conv_block(16, 16, kernel, norm="BN", groups=16, stride=2, padding=padding)
+    layer.norm = None
+    x = torch.randn(2, 16, size, size).to(torch.bfloat16, memory_format=torch.channels_last)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    upstream = torch.randn(output.shape).bfloat16()
+    output.backward(upstream)
+    assert output.dtype == torch.bfloat16 and x.grad.is_contiguous(
+        memory_format=torch.channels_last
+    )
+
+    inputs = [x.detach().float().requires_grad_(), layer.weight.detach().bfloat16().float()]
+    inputs[1].requires_grad_()
+    expected = F.conv2d(*inputs, None, 2, padding, groups=16)
+    grads = torch.autograd.grad(expected, inputs, upstream.float())
+    torch.testing.assert_close(output, expected.bfloat16())
+    # a sum in bfloat16 would be off by more
+    torch.testing.assert_close(x.grad, grads[0].bfloat16(), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad, grads[1], rtol=2**-7, atol=1e-2)

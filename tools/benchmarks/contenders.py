@@ -608,9 +608,9 @@ class Decoding(Contender):
 
     def data(self) -> Work:
         if "reused" in self.spec.contender:
-            from ssd.data.loader import reuse_freed_memory
+            from ssd.memory import keep_freed_memory
 
-            reuse_freed_memory()
+            keep_freed_memory()
         records = read_records(self.folder)
         names = [record["file_name"] for record in records]
 

@@ -1,0 +1,28 @@
+"""Freed memory stays with the process."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from ssd import memory
+
+SECOND_USE = """
+import resource, runpy, sys
+if sys.argv[2] == "keep":
+    runpy.run_path(sys.argv[1])["keep_freed_memory"]()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * 2**26
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.pythonapi, "mallopt"), reason="needs glibc")
+def test_a_second_large_block_brings_no_new_pages():
+    faults = {}
+    for what in ("keep", "return"):
+        command = [sys.executable, "-c", SECOND_USE, memory.__file__, what]
+        faults[what] = int(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert faults["keep"] < 16 < faults["return"], faults
