@@ -27,6 +27,8 @@ weights := labs/quickstart/output/model_final.pth
 trained := $(shell [ $(weights) -nt labs/quickstart/config.yaml ] && echo yes)
 endif
 
+parallel := --numprocesses auto --maxprocesses 4
+
 .PHONY: install quickstart test given
 
 install: $(environment)
@@ -58,5 +60,6 @@ else
 endif
 
 test: install
-	"$(python)" -m pytest -q tests
+	@# with pytest-xdist in as many processes as there are cores, up to 4
+	"$(python)" -m pytest -q tests $$("$(python)" -c "import xdist" 2>/dev/null && echo $(parallel))
 	@if "$(python)" -m ruff --version >/dev/null 2>&1; then "$(python)" -m ruff check .; fi

@@ -28,6 +28,7 @@ setup(
         # opencv-python over an opencv-python-headless that is there. Detectron2 does the same.
         "opencv": ["opencv-python"],
         "safetensors": ["safetensors"],
-        "test": ["pytest", "ruff", "safetensors"],
+        "test": ["pytest", "pytest-xdist", "ruff", "safetensors"],
+        "wandb": ["wandb"],
     },
 )

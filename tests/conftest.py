@@ -23,6 +23,28 @@ TINY = (
     "TEST.VIS_IMAGES 0 TEST.EVAL_PERIOD 0 INPUT.EXPAND.ENABLED True INPUT.IOU_CROP.ENABLED True"
 ).split()
 
+# The slowest files. The first two share the rows on MMDetection, which a process computes once.
+SLOWEST = ["test_fidelity", "test_golden", "test_train_net", "test_lineages", "test_engine"]
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that processes of pytest-xdist end at about the same time."""
+    items.sort(key=lambda item: [*SLOWEST, item.path.stem].index(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a process whole files, in the order above."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FileScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = Path(super()._split_scope(nodeid)).stem
+            return SLOWEST[0] if file == SLOWEST[1] else file
+
+    config.option.loadscopereorder = False
+    return FileScheduling(config, log)
+
 
 @pytest.fixture(autouse=True)
 def fresh_loggers():

@@ -423,4 +423,5 @@ def _two_processes(rank, folder):
 
 
 def test_two_processes_are_gathered(tmp_path):
-    torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)
+    # forked, since a new process would import everything again
+    torch.multiprocessing.start_processes(_two_processes, (str(tmp_path),), 2, start_method="fork")

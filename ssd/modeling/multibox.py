@@ -175,7 +175,8 @@ def multibox_loss(
         Both are 0 for an image without objects (unless ``negatives_without_positives``).
     """
     positive = labels < logits.shape[-1] - 1
-    logits, deltas = logits.float(), deltas.float()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits, deltas = logits.to(dtype), deltas.to(dtype)
     if score_function == "softmax":
         cls_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         cls_loss = cls_loss.view_as(labels)

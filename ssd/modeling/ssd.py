@@ -195,7 +195,8 @@ class SSD(DenseDetector):
             features = self.backbone(images)
             features = [features[name] for name in self.head_in_features]
             logits, deltas = self._flatten(self.head(features))
-        scores, deltas = self.scores(logits), deltas.float()
+        scores = self.scores(logits)
+        deltas = deltas.to(scores.dtype)
         settings = self._detection_settings()
         return (
             scores,
@@ -302,10 +303,11 @@ class SSD(DenseDetector):
         }
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Logits (N, R, K + 1) to foreground probabilities (N, R, K), float32."""
+        """Logits (N, R, K + 1) to foreground probabilities (N, R, K), at least in float32."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.score_function == "softmax":
-            return logits.float().softmax(dim=-1)[..., :-1]
-        return logits[..., :-1].float().sigmoid()
+            return logits.softmax(dim=-1)[..., :-1]
+        return logits[..., :-1].sigmoid()
 
     def _flatten(self, predictions: Tuple[List[Tensor], List[Tensor]]) -> Tuple[Tensor, Tensor]:
         logits, deltas = self.head.flatten(*predictions)

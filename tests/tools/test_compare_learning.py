@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOL = str(ROOT / "tools/compare_learning.py")
 
 
 def compare(folder, bccd, *args):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "DETECTRON2_DATASETS": str(bccd)}
-    env.update(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
-    command = [sys.executable, ROOT / "tools/compare_learning.py", "--output", folder, *args]
+    env.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    command = [sys.executable, TOOL, "--output", folder, *args]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,11 @@ def test_contenders_start_alike(results):
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
-def test_runs_that_are_there_are_plotted(results, bccd, tmp_path):
-    text = compare(results, bccd, "--plot", tmp_path / "learning.png")
+def test_runs_that_are_there_are_plotted(results, tmp_path, monkeypatch, capsys):
+    arguments = ["--output", str(results), "--plot", str(tmp_path / "learning.png")]
+    monkeypatch.setattr(sys, "argv", [TOOL, *arguments])
+    runpy.run_path(TOOL, run_name="__main__")
+    text = capsys.readouterr().out
     assert "torchvision, its recipe: AP50" in text and "ours, torchvision's recipe: AP50" in text
     assert "ours, own recipe" not in text
     with Image.open(tmp_path / "learning.png") as image:

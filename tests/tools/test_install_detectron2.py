@@ -321,8 +321,15 @@ def test_make_test_uses_the_given_python_and_installs_no_torch(make):
     result, calls = make("test")
     assert result.returncode == 0
     assert calls[0] == ": tools/check_environment.py pytest"
-    assert ": -m pytest -q tests" in calls
+    assert ": -m pytest -q tests --numprocesses auto --maxprocesses 4" in calls
     assert not [call for call in calls if "pip" in call]  # --is-installed has said yes
+
+
+def test_make_test_runs_in_one_process_without_xdist(make, tmp_path):
+    script = f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n[ "$2" != "import xdist" ]\n'
+    (tmp_path / "fake/python").write_text(script)
+    result, calls = make("test")
+    assert result.returncode == 0 and "-m pytest -q tests" in calls
 
 
 def test_make_installs_only_the_checkout_into_a_given_environment(make, tmp_path):
