@@ -26,9 +26,10 @@ def check_machine():
     if not problems:
         problems += check_environment.check_torch()
     if not problems:
-        problems += check_environment.check_detectron2()
         problems += check_environment.check_module("cv2", "opencv-python-headless")
         problems += check_environment.check_module("pycocotools.mask", "pycocotools")
+    if not problems:  # Detectron2 needs them: name the cause, not the effect
+        problems += check_environment.check_detectron2()
     if problems:
         for line in problems:
             text, _, mend = line.partition("; mend it with: ")

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from typing import Any, Optional, Sequence
 
 import numpy as np
+import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -18,7 +19,15 @@ from ssd.data.shapes import CLASSES as SHAPES_CLASSES
 from ssd.data.shapes import SPLITS as SHAPES_SPLITS
 from ssd.data.shapes import render_shapes
 
-__all__ = ["check_class_count", "find_box_defects", "read_voc", "register_datasets", "xyxy_boxes"]
+__all__ = [
+    "check_class_count",
+    "find_box_defects",
+    "read_every_box",
+    "read_voc",
+    "read_yolo",
+    "register_datasets",
+    "xyxy_boxes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +41,12 @@ _KEYS = {
         "KEEP_IDS": False,
     },
     "voc": {"ROOT": None, "SPLIT": None, "CLASSES": None, "USE_DIFFICULT": False},
+    "yolo": {"ROOT": None, "IMAGES": None, "LABELS": "", "CLASSES": []},
     "shapes": {"SPLIT": None, "ROOT": "shapes"},
 }
+# Of a folder of images; names of their classes, by default one of CLASS_FILES.
+_IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_CLASS_FILES = ("data.yaml", "classes.txt")
 _registered = {}  # name -> entry, of those registered here
 
 
@@ -45,6 +58,7 @@ def register_datasets(cfg: CfgNode) -> None:
         {FORMAT: coco, ROOT: mydata, ANNOTATIONS: train.json, IMAGES: images, CLASSES: [optional],
          KEEP_IDS: False}
         {FORMAT: voc, ROOT: bccd, SPLIT: train, CLASSES: [RBC, WBC], USE_DIFFICULT: False}
+        {FORMAT: yolo, ROOT: fruit, IMAGES: images/train, LABELS: "", CLASSES: [optional]}
         {FORMAT: shapes, SPLIT: val, ROOT: shapes}
 
     CLASSES of a COCO file must be its categories in the order of their ids. With KEEP_IDS class i
@@ -53,8 +67,14 @@ def register_datasets(cfg: CfgNode) -> None:
     "id 12", also in CLASSES; both evaluators ignore its detections.
 
     Objects of a VOC folder that are marked difficult get ``iscrowd: 1``, unless USE_DIFFICULT:
-    training and both evaluators ignore them. ``shapes`` is rendered into ROOT at its first use
-    (ssd.data.shapes).
+    training and both evaluators ignore them.
+
+    ``yolo``: IMAGES is a folder, or a .txt file with the path of an image per line, relative to
+    ROOT; LABELS is a folder of text files (see :func:`read_yolo`). CLASSES are names, or the file
+    that holds them: ``names`` of a YAML file, otherwise a name per line; by default data.yaml or
+    classes.txt in ROOT.
+
+    ``shapes`` is rendered into ROOT at its first use (ssd.data.shapes).
 
     An entry of the same name registered here earlier is replaced.
 
@@ -73,7 +93,7 @@ def register_datasets(cfg: CfgNode) -> None:
                 f"DATASETS.REGISTER.{name}: a data set of this name is registered by Detectron2 "
                 "or your own code; choose another name"
             )
-        prepare = {"coco": _coco, "voc": _voc, "shapes": _shapes}[entry["FORMAT"]]
+        prepare = {"coco": _coco, "voc": _voc, "yolo": _yolo, "shapes": _shapes}[entry["FORMAT"]]
         load, metadata = prepare(name, entry)
         DatasetCatalog.register(name, load)
         MetadataCatalog.get(name).set(**metadata)
@@ -83,7 +103,7 @@ def register_datasets(cfg: CfgNode) -> None:
 def check_class_count(cfg: CfgNode) -> None:
     """Checks that all data sets of DATASETS.TRAIN and TEST have the model's classes.
 
-    A COCO file whose entry has no CLASSES is read for this.
+    A data set whose entry doesn't list its CLASSES is read for this.
 
     Raises:
         ValueError: for an unknown data set, one whose class count isn't MODEL.SSD.NUM_CLASSES,
@@ -249,24 +269,194 @@ def _image_size(file_name: str) -> tuple[int, int]:
         return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
 
 
-def _voc(name: str, entry: dict) -> tuple:
+def read_yolo(
+    images: str,
+    labels: str,
+    class_names: Sequence[str],
+    key: str = "DATASETS.REGISTER.<name>",
+) -> list[dict]:
+    """Reads text files as YOLO takes them: per object a line ``class cx cy w h``.
+
+    ``class`` counts from 0, the others are the box's centre and sides as fractions of the image's
+    width and height. An image without a label file has no objects.
+
+    Args:
+        images: a folder, whose images are read with those of its folders, by name; or a .txt file
+            with the path of an image per line, absolute or relative to the folder of that file.
+        labels: folder of the label files, which are named as the images (those of a folder are in
+            the same folder here). "": they lie where the last folder named ``images`` of an
+            image's path is replaced by ``labels``, beside the image if it has none.
+        class_names: in the order of the labels.
+        key: of the config, for error messages.
+
+    Returns:
+        a dict per image in Detectron2's format. ``image_id`` is its path relative to the folder of
+        ``images``; height and width come from the file's header, turned as EXIF says; boxes are
+        XYXY in pixels.
+
+    Raises:
+        FileNotFoundError: there is no ``images``, or no label file for any of them.
+        ValueError: with every image that can't be read, and every line that isn't as above: its
+            file, number and defect.
+    """
+    _require(images, f"{key}.IMAGES")
+    is_list = images.endswith(".txt")
+    root = os.path.dirname(images) if is_list else images
+    names = _listed_images(images) if is_list else _images_in(images)
+    records, problems, label_files = [], [], []
+    for name in names:
+        file_name = os.path.join(root, name)
+        try:
+            height, width = _image_size(file_name)
+        except OSError as error:  # names the file
+            problems.append(str(error))
+            continue
+        record = {"file_name": file_name, "image_id": name, "height": height, "width": width}
+        stem = os.path.splitext(os.path.basename(name) if is_list else name)[0]
+        label_files.append(os.path.join(labels, f"{stem}.txt") if labels else _labels_of(file_name))
+        record["annotations"], found = _yolo_annotations(
+            label_files[-1], (height, width), class_names
+        )
+        problems += found
+        records.append(record)
+    if problems:
+        more = [f"and {len(problems) - 50} more"] if len(problems) > 50 else []
+        raise ValueError(f"{key}: {len(problems)} errors:\n" + "\n".join(problems[:50] + more))
+    missing = sum(not os.path.isfile(path) for path in label_files)
+    if records and missing == len(records):
+        _require(label_files[0], f"{key}.LABELS; no image has a label file")
+    if missing:
+        logger.info(f"{images}: {missing} of {len(records)} images have no label file: no objects")
+    return records
+
+
+def _listed_images(path: str) -> list[str]:
+    with open(path, encoding="utf-8-sig") as f:
+        names = (line.strip() for line in f)
+        return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
+
+
+def _images_in(folder: str) -> list[str]:
+    """Paths relative to ``folder``, in order."""
+    return sorted(
+        os.path.relpath(os.path.join(parent, file), folder)
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if file.lower().endswith(_IMAGE_EXTENSIONS)
+    )
+
+
+def _labels_of(file_name: str) -> str:
+    path = os.path.splitext(file_name)[0]
+    head, folder, tail = path.rpartition(os.path.join(os.sep, "images", ""))
+    return os.path.join(head, "labels", f"{tail}.txt") if folder else f"{path}.txt"
+
+
+def _yolo_annotations(
+    path: str, size: tuple[int, int], class_names: Sequence[str]
+) -> tuple[list[dict], list[str]]:
+    """The annotations of a label file for an image of ``size`` (height, width), and what is wrong
+    with its lines."""
+    if not os.path.isfile(path):
+        return [], []
+    annotations, problems = [], []
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            fields = line.split()
+            if not fields:
+                continue
+            if defect := _yolo_defect(fields, len(class_names)):
+                problems.append(f"{path}, line {number}: {defect}: {line.strip()[:80]!r}")
+                continue
+            cx, cy, w, h = (float(value) for value in fields[1:])
+            height, width = size
+            box = [(cx - w / 2) * width, (cy - h / 2) * height]
+            box += [(cx + w / 2) * width, (cy + h / 2) * height]
+            annotation = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
+            annotations.append({**annotation, "category_id": int(float(fields[0]))})
+    return annotations, problems
+
+
+def _yolo_defect(fields: Sequence[str], num_classes: int) -> str:
+    if len(fields) != 5:
+        return f"{len(fields)} values, not class cx cy w h"
+    try:
+        label, *box = map(float, fields)
+    except ValueError:
+        return "not five numbers"
+    if not (label.is_integer() and 0 <= label < num_classes):
+        return f"class {fields[0]} isn't one of 0 to {num_classes - 1}"
+    if not all(-0.01 <= value <= 1.01 for value in box):  # rounded
+        return "cx cy w h aren't fractions from 0 to 1"
+    return ""
+
+
+def _read_class_names(root: str, file_name: str, key: str) -> list[str]:
+    """Names from ``file_name`` in ``root``, or if it is "" from the first of _CLASS_FILES there."""
+    paths = [os.path.join(root, name) for name in ([file_name] if file_name else _CLASS_FILES)]
+    path = next(filter(os.path.isfile, paths), paths[-1])
+    _require(path, f"{key}.CLASSES, which may be a list of names or a file")
+    with open(path, encoding="utf-8-sig") as f:
+        if path.endswith((".yaml", ".yml")):
+            try:
+                content = yaml.load(f, Loader=yaml.BaseLoader)  # strings only: a class may be "no"
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} is not valid YAML ({key}.CLASSES): {error}") from None
+            names = content.get("names") if isinstance(content, dict) else None
+            if isinstance(names, dict):
+                names = [names.get(str(i)) for i in range(len(names))]
+        else:
+            names = [line.strip() for line in f if line.strip()]
+    valid = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not valid or len(set(names)) < len(names):
+        raise ValueError(
+            f"{key}.CLASSES: {path} needs different names of the classes 0, 1, …, got {names!r}"
+        )
+    return names
+
+
+def read_every_box(name: str) -> list[dict]:
+    """A data set registered in VOC's or YOLO's format, with the boxes that the catalog leaves out.
+
+    Afterwards its metadata has ``thing_classes``.
+    """
+    entry, key = _registered[name], f"DATASETS.REGISTER.{name}"
     root, classes = entry["ROOT"], entry["CLASSES"]
+    if entry["FORMAT"] == "voc":
+        return read_voc(root, entry["SPLIT"], classes, entry["USE_DIFFICULT"], key)
+    if isinstance(classes, str) or not classes:
+        metadata = MetadataCatalog.get(name)
+        metadata.__dict__.pop("thing_classes", None)  # of the file as it was
+        classes = metadata.thing_classes = _read_class_names(root, classes or "", key)
+    labels = os.path.join(root, entry["LABELS"]) if entry["LABELS"] else ""
+    return read_yolo(os.path.join(root, entry["IMAGES"]), labels, classes, key)
 
-    def load() -> list[dict]:
-        key = f"DATASETS.REGISTER.{name}"
-        records = read_voc(root, entry["SPLIT"], classes, entry["USE_DIFFICULT"], key)
-        # Here and not in the mapper alone, so that no evaluator asks for such an object.
-        defects = find_box_defects(records, classes)
-        if defects:
-            logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects))
-        for record in records:
-            boxes = xyxy_boxes(record["annotations"]).tolist()
-            record["annotations"] = [
-                a for a, box in zip(record["annotations"], boxes) if not _box_defect(box, record)
-            ]
-        return records
 
-    return load, {"thing_classes": classes, "image_root": os.path.join(root, "JPEGImages")}
+def _without_defects(name: str) -> list[dict]:
+    # Here and not in the mapper alone, so that no evaluator asks for such an object.
+    records = read_every_box(name)
+    defects = find_box_defects(records, MetadataCatalog.get(name).thing_classes)
+    if defects:
+        logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects))
+    for record in records:
+        boxes = xyxy_boxes(record["annotations"]).tolist()
+        record["annotations"] = [
+            a for a, box in zip(record["annotations"], boxes) if not _box_defect(box, record)
+        ]
+    return records
+
+
+def _voc(name: str, entry: dict) -> tuple:
+    metadata = {"image_root": os.path.join(entry["ROOT"], "JPEGImages")}
+    return lambda: _without_defects(name), {**metadata, "thing_classes": entry["CLASSES"]}
+
+
+def _yolo(name: str, entry: dict) -> tuple:
+    images = os.path.join(entry["ROOT"], entry["IMAGES"])
+    metadata = {"image_root": os.path.dirname(images) if images.endswith(".txt") else images}
+    if entry["CLASSES"] and not isinstance(entry["CLASSES"], str):
+        metadata["thing_classes"] = entry["CLASSES"]
+    return lambda: _without_defects(name), metadata
 
 
 def _coco(name: str, entry: dict) -> tuple:
@@ -279,7 +469,14 @@ def _coco(name: str, entry: dict) -> tuple:
         metadata = MetadataCatalog.get(name)
         for known in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
             metadata.__dict__.pop(known, None)  # load_coco_json sets the file's own
-        records = load_coco_json(json_file, images, name)
+        try:
+            records = load_coco_json(json_file, images, name)
+        except (KeyError, ValueError) as error:  # which say what, but not in which file
+            text = str(error.args[0]).rstrip(".")
+            raise ValueError(
+                f"{json_file} ({key}.ANNOTATIONS): {type(error).__name__}: {text}; "
+                "tools/doctor.py lists what is wrong with it"
+            ) from None
         if entry["KEEP_IDS"]:
             _keep_ids(records, metadata, f"{key}.KEEP_IDS")
         if entry["CLASSES"] and entry["CLASSES"] != metadata.thing_classes:
@@ -356,8 +553,11 @@ def _check_entry(name: str, node: Any) -> dict:
         elif k in ("USE_DIFFICULT", "KEEP_IDS"):
             valid, expected = isinstance(value, bool), "True or False"
         else:
-            valid = isinstance(value, str) and value and k != "CLASSES"
+            is_file = k == "CLASSES" and entry["FORMAT"] == "yolo"
+            valid = isinstance(value, str) and (value or default == "")
+            valid = valid and (k != "CLASSES" or is_file)
             expected = "a list of class names" if k == "CLASSES" else "a string"
+            expected += " or a file of them" if is_file else ""
         if not valid:
             given = f"is {value!r}" if k in node else "is missing"
             raise ValueError(f"{key}.{k} {given}; FORMAT {node['FORMAT']} needs {expected}")

@@ -326,6 +326,49 @@ def test_fix_of_voc(bccd, tmp_path, monkeypatch, capsys):
     MetadataCatalog.pop("doctor_train")
 
 
+def test_yolo(lab):
+    """What the reader leaves out is named, and what it stops at is one verdict."""
+    for name, content in (("train", lab.train), ("test", lab.test)):
+        (lab.folder / f"labels_{name}").mkdir()
+        for image in content["images"]:
+            lines = []
+            for annotation in content["annotations"]:
+                if annotation["image_id"] == image["id"]:
+                    x, y, w, h = annotation["bbox"]
+                    w, h = w / image["width"], h / image["height"]
+                    x, y = x / image["width"] + w / 2, y / image["height"] + h / 2
+                    lines.append(f"{annotation['category_id'] - 1} {x:.6f} {y:.6f} {w:.6f} {h:.6f}")
+            path = lab.folder / f"labels_{name}" / image["file_name"]
+            path.with_suffix(".txt").write_text("\n".join(lines))
+    names = [category["name"] for category in lab.train["categories"]]
+    (lab.folder / "classes.txt").write_text("\n".join(names))
+    entry = {"FORMAT": "yolo", "ROOT": str(lab.folder)}
+    entries = {
+        f"doctor_{name}": {**entry, "IMAGES": name, "LABELS": f"labels_{name}"}
+        for name in ("train", "test")
+    }
+    config = json.loads(lab.config.read_text())
+    config["DATASETS"]["REGISTER"] = entries
+    lab.config.write_text(json.dumps(config))
+    labels = lab.folder / "labels_train/000000.txt"
+    sound = labels.read_text()
+    labels.write_text(f"0 .5 .5 0 .1\n{sound}")
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))
+    assert lab.report.counts["ERROR"] == 0
+    level, below = finding(text, "boxes: 1 without area or outside the image")
+    assert level == "WARNING" and "000000.jpg: object 0 (ellipse) has zero width" in below
+    total = len(lab.train["annotations"])
+    assert f"doctor_train (train): 16 images, {total + 1} boxes, {lab.folder / 'train'}" in text
+    assert len(json.loads(out.read_text())["annotations"]) == total
+    labels.write_text(f"{sound}\n0 100 80 30 20")
+    text = lab.check()
+    level, below = finding(text, "can't be loaded: ValueError: .*doctor_train: 1 errors")
+    assert level == "ERROR"
+    number = len(sound.splitlines()) + 1
+    assert f"000000.txt, line {number}: cx cy w h aren't fractions from 0 to 1" in text
+
+
 def test_kept_category_ids(tmp_path):
     content = {"images": [], "categories": [{"id": 3, "name": "b"}, {"id": 1, "name": "a"}]}
     path = tmp_path / "a.json"
@@ -362,11 +405,21 @@ def test_command(lab):
     assert "doctor_test (test): 4 images" in done.stdout
 
 
-def test_broken_environment(tmp_path):
-    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so is missing')")
+@pytest.mark.parametrize(
+    "module, error",
+    [
+        ("torch", "OSError: libcudart.so is missing"),
+        ("torchvision", "RuntimeError: operator torchvision::nms does not exist"),
+        ("cv2", "ImportError: libGL.so.1: cannot open shared object file"),
+    ],
+)
+def test_broken_environment(tmp_path, module, error):
+    name, _, text = error.partition(": ")
+    (tmp_path / f"{module}.py").write_text(f"raise {name}({text!r})")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "tools/doctor.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    level, below = finding(done.stdout, "torch: found one that fails with OSError: libcudart")
+    level, below = finding(done.stdout, f"{module}: found .* fails with {error}")
     assert level == "ERROR" and "Mend it with" in below
+    assert done.stdout.endswith("1 ERROR, 0 WARNING\n")

@@ -15,7 +15,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from tqdm import tqdm
 
-from ssd.data.datasets import read_voc
+from ssd.data.datasets import read_every_box
 from ssd.data.mapper import read_image
 
 THUMBNAIL = 16  # side in pixels
@@ -72,14 +72,11 @@ def read_dataset(name: str, entry: dict) -> Tuple[DataSet, List[Finding]]:
     metadata, findings = MetadataCatalog.get(name), []
     records, classes, root = [], [], ""
     try:
-        if entry.get("FORMAT") == "voc":  # the catalog's reader leaves out defective boxes
-            root, classes = metadata.image_root, metadata.thing_classes
-            difficult = entry.get("USE_DIFFICULT", False)
-            key = f"DATASETS.REGISTER.{name}"
-            records = read_voc(os.path.dirname(root), entry["SPLIT"], classes, difficult, key)
+        if entry.get("FORMAT") in ("voc", "yolo"):  # the catalog leaves out defective boxes
+            root, records = metadata.image_root, read_every_box(name)
         else:
             records = DatasetCatalog.get(name)
-            classes = metadata.thing_classes
+        classes = metadata.thing_classes
     except Exception as error:  # a broken file raises anything
         text = f"can't be loaded: {type(error).__name__}: {error}"
         findings.append(Finding("ERROR", text, advice="Training stops with this error."))
