@@ -185,8 +185,8 @@ def _add_input_keys(cfg: CN) -> None:
 
 
 def _add_run_keys(cfg: CN) -> None:
-    # torch.compile for network, loss and, on GPUs, post-processing, in training and inference: the
-    # first iteration takes up to a minute more. What it can't compile runs as it is, with a warning.
+    # torch.compile for network, loss and, on GPUs, post-processing: the first iteration takes up to
+    # a minute more. What it can't compile runs as it is, with a warning.
     cfg.MODEL.COMPILE = False
     # Data sets named in YAML: {name: {FORMAT: coco | voc | yolo | shapes, ROOT: …, …}}; the keys of
     # an entry are those of ssd.data.datasets.register_datasets.
