@@ -86,7 +86,7 @@ class CudaGraph:
             stream = torch.cuda.current_stream()
             try:
                 self._graphs[key] = self._record(args)
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:  # the latter: torch before 2.1
                 torch.cuda.set_stream(stream)  # not the recording one
                 logger.warning("TEST.CUDA_GRAPH isn't used for %s: %s", key, error)
                 self._graphs[key] = None
