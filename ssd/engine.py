@@ -30,7 +30,6 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format, verify
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
-from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from ssd import model_zoo
@@ -40,6 +39,7 @@ from ssd.data.augmentations import build_augmentation
 from ssd.data.datasets import check_class_count
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.data.mapper import SSDDatasetMapper, read_image
+from ssd.drawing import draw_instances
 from ssd.evaluation import build_evaluator
 from ssd.hooks import (
     BestCheckpoint,
@@ -398,12 +398,10 @@ def draw_detections(cfg, model, score_thresh: float = 0.5) -> List[str]:
             with torch.no_grad():
                 instances = model([sample])[0]["instances"].to("cpu")
             instances = instances[instances.scores > score_thresh]
-            image = read_image(sample["file_name"], "RGB")
-            picture = Visualizer(image, MetadataCatalog.get(name)).draw_instance_predictions(
-                instances
-            )
+            image = read_image(sample["file_name"], "BGR")
+            picture = draw_instances(image, instances, MetadataCatalog.get(name))
             stem = os.path.splitext(os.path.basename(sample["file_name"]))[0]
             paths.append(os.path.join(folder, f"{stem}.jpg"))
-            cv2.imwrite(paths[-1], picture.get_image()[:, :, ::-1])
+            cv2.imwrite(paths[-1], picture)
     logger.info("Wrote %d pictures of detections to %s/detections", len(paths), cfg.OUTPUT_DIR)
     return paths

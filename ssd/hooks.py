@@ -17,11 +17,10 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
-from detectron2.utils.colormap import colormap
 from detectron2.utils.events import EventWriter, get_event_storage
-from detectron2.utils.visualizer import Visualizer
 
 from ssd.checkpoint import SSDCheckpointer
+from ssd.drawing import class_name, draw_boxes
 from ssd.modeling import SSD
 
 __all__ = [
@@ -261,22 +260,20 @@ class TrainingPictures(HookBase):
             found = found[found.scores > self.SCORE][: self.DETECTIONS]
             image = given["image"].permute(1, 2, 0)
             image = convert_image_to_rgb(image, self._model.input_format)
-            left = self._draw_boxes(image, truth.gt_boxes, truth.gt_classes)
-            right = self._draw_boxes(image, found.pred_boxes, found.pred_classes, found.scores)
+            left = self._draw(image, truth.gt_boxes, truth.gt_classes)
+            right = self._draw(image, found.pred_boxes, found.pred_classes, found.scores)
             gap = np.full((len(left), self.GAP, 3), 255, np.uint8)
             row = np.hstack([left, gap, right])
             rows += [row, np.full((self.GAP, row.shape[1], 3), 255, np.uint8)]
         return np.vstack(rows[:-1]).transpose(2, 0, 1)
 
-    def _draw_boxes(self, image, boxes, classes, scores=None) -> np.ndarray:
-        names, colors = self._metadata.thing_classes, colormap(rgb=True, maximum=1)
-        labels = [names[i] for i in classes]
+    def _draw(self, image: np.ndarray, boxes, classes, scores=None) -> np.ndarray:
+        classes = classes.tolist()
+        labels = [class_name(self._metadata, label) for label in classes]
         if scores is not None:
-            labels = [f"{label} {score:.0%}" for label, score in zip(labels, scores)]
-        visualizer = Visualizer(image, self._metadata, scale=self.WIDTH / image.shape[1])
-        return visualizer.overlay_instances(
-            boxes=boxes, labels=labels, assigned_colors=[colors[i % len(colors)] for i in classes]
-        ).get_image()
+            labels = [f"{label} {score:.0%}" for label, score in zip(labels, scores.tolist())]
+        scale = self.WIDTH / image.shape[1]
+        return draw_boxes(image, boxes.tensor.numpy(), classes, labels, scale)
 
 
 class WandbWriter(EventWriter):

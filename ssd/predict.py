@@ -22,21 +22,16 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata
 from detectron2.structures import Instances
-from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
-from matplotlib.patheffects import withStroke
 
 from ssd import model_zoo
 from ssd.data.mapper import read_image
+from ssd.drawing import class_name, draw_instances
 from ssd.predictor import Predictor
 
 __all__ = [
     "batches",
     "can_show",
     "check_extension",
-    "class_name",
-    "draw_boxes",
-    "draw_instances",
     "find_images",
     "known_image_ids",
     "output_paths",
@@ -92,57 +87,6 @@ def batches(items: Iterable, size: int) -> Iterator[List]:
     """Lists of ``size`` items, the last may be shorter."""
     iterator = iter(items)
     return iter(lambda: list(itertools.islice(iterator, size)), [])
-
-
-def draw_boxes(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    classes: Sequence[int],
-    labels: Sequence[str],
-    scale: float = 1.0,
-) -> np.ndarray:
-    """The RGB image (H, W, 3) uint8 with M boxes (M, 4) XYXY, a colour for each class.
-
-    Args:
-        labels: texts above the boxes.
-        scale: of the picture's sides to the image's.
-    """
-    height, width = image.shape[:2]
-    picture = Visualizer(image, Metadata(), scale=scale)
-    font = max((height * width) ** 0.5 / 90, 10 / scale)  # points
-    line, letter = 1.8 * font, 0.9 * font  # the text's height and a letter's width, in pixels
-    colors = colormap(rgb=True, maximum=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    for i in np.argsort(-areas):  # small ones on top
-        color = colors[classes[i] % len(colors)]
-        color = color / max(color.max(), 0.1)  # bright
-        picture.draw_box(boxes[i], alpha=1, edge_color=color)
-        x = min(boxes[i][0], width - letter * len(labels[i]))
-        y = boxes[i][1] - line if boxes[i][1] > line else boxes[i][1]
-        picture.draw_text(
-            labels[i], (max(x, 0), y), font_size=font, color=color, horizontal_alignment="left"
-        )
-    for patch in picture.output.ax.patches:  # black edges are seen on any image
-        edge = withStroke(linewidth=patch.get_linewidth() + 2, foreground="black")
-        patch.set_path_effects([edge])
-    return picture.output.get_image()
-
-
-def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
-    """The BGR image (H, W, 3) uint8 with boxes, classes and scores in per cent."""
-    classes = instances.pred_classes.tolist()
-    labels = [
-        f"{class_name(metadata, label)} {score:.0%}"
-        for label, score in zip(classes, instances.scores.tolist())
-    ]
-    boxes = instances.pred_boxes.tensor.numpy()
-    return draw_boxes(image[:, :, ::-1], boxes, classes, labels)[:, :, ::-1]
-
-
-def class_name(metadata: Metadata, label: int) -> str:
-    """Of a class from 0; "class 3" if there are no names."""
-    names = metadata.get("thing_classes")
-    return names[label] if names else f"class {label}"
 
 
 def to_records(instances: Instances, file_name: str, image_id, metadata: Metadata) -> List[Dict]:

@@ -20,11 +20,11 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from tqdm import tqdm
 
 from ssd import Predictor, load_config, model_zoo
+from ssd.drawing import draw_instances
 from ssd.predict import (
     batches,
     can_show,
     check_extension,
-    draw_instances,
     find_images,
     known_image_ids,
     output_paths,

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ssd import load_config
 from ssd.data.datasets import xyxy_boxes
 from ssd.data.mapper import read_image
-from ssd.predict import draw_boxes, output_paths, write_image
+from ssd.drawing import draw_boxes
+from ssd.predict import output_paths, write_image
 
 _SIDE = 480  # of each half, at least, in pixels
 

@@ -367,7 +367,20 @@ class Torchvision(Contender):
         return Work(run, len(anchors), describe)
 
 
-class TorchvisionFiles(torch.utils.data.Dataset):
+class Files(torch.utils.data.Dataset):
+    """JPEG files and their boxes, over again if more are asked for."""
+
+    def __init__(self, records: List[Dict]):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def file_name(self, number: int) -> str:
+        return self.records[number % len(self.records)]["file_name"]
+
+
+class TorchvisionFiles(Files):
     """The JPEG files through the transforms of torchvision's references/detection/presets.py.
 
     A resize to the input size follows, which there is the model's; the result stays uint8.
@@ -376,7 +389,8 @@ class TorchvisionFiles(torch.utils.data.Dataset):
     def __init__(self, records: List[Dict], size: Tuple[int, int], preset: str, backend: str):
         from torchvision.transforms import v2
 
-        self.records, self.backend = records, backend
+        super().__init__(records)
+        self.backend = backend
         transforms = []
         if preset == "ssd":
             fill = tuple(round(255 * x) for x in (0.485, 0.456, 0.406))
@@ -385,12 +399,6 @@ class TorchvisionFiles(torch.utils.data.Dataset):
         if backend == "PIL":
             transforms.append(v2.PILToTensor())
         self.transform = v2.Compose([*transforms, v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def file_name(self, number: int) -> str:
-        return self.records[number % len(self.records)]["file_name"]
 
     def __getitem__(self, number: int):
         from PIL import Image
@@ -569,17 +577,12 @@ class MMDetection(Contender):
         return size[1] / SIZE[1], size[0] / SIZE[0]
 
 
-class MMDetectionFiles(torch.utils.data.Dataset):
+class MMDetectionFiles(Files):
     """The JPEG files through a pipeline of MMDetection's."""
 
     def __init__(self, records: List[Dict], pipeline: Callable):
-        self.records, self.pipeline = records, pipeline
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def file_name(self, number: int) -> str:
-        return self.records[number % len(self.records)]["file_name"]
+        super().__init__(records)
+        self.pipeline = pipeline
 
     def __getitem__(self, number: int):
         record = self.records[number % len(self.records)]
