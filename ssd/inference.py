@@ -177,4 +177,4 @@ def compile_network(model: SSD, options=None) -> None:
         module.compile(options=options)
     model.multibox_loss = torch.compile(model.multibox_loss)
     if model.device.type == "cuda":
-        model.best_detections = torch.compile(model.best_detections)
+        model.first_detections = torch.compile(model.first_detections)

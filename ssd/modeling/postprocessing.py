@@ -8,14 +8,17 @@ import math
 from typing import List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
 __all__ = [
     "best_detections",
+    "class_scores",
     "decode_boxes",
     "detect",
+    "first_detections",
     "output_transform",
     "rank_in_group",
     "select_candidates",
@@ -25,6 +28,15 @@ _MAX_LOG_SCALE = math.log(1000.0 / 16)  # of the decoded dw, dh (Fast R-CNN)
 _FAR = 1e6  # pixels: bounds what an unclamped decoding can give
 _GPU_PAIRS = 2048  # an image's candidates up to which NMS compares all with all on GPUs
 _NMS_PASSES = 16  # of the rule, there
+
+
+def class_scores(logits: Tensor, score_function: str) -> Tensor:
+    """Logits (…, K + 1), the background last, to foreground probabilities (…, K), at least in
+    float32. ``score_function``: ``"softmax"`` or ``"sigmoid"``."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if score_function == "softmax":
+        return logits.softmax(dim=-1)[..., :-1]
+    return logits[..., :-1].sigmoid()
 
 
 def decode_boxes(
@@ -151,16 +163,23 @@ def _nms_without_waiting(
     boxes = torch.where(valid[..., None], boxes, 0).nan_to_num(nan=0.0).clamp(-_FAR, _FAR)
     step = max(1, 2**27 // max(1, cls.shape[1]) ** 2)  # bounds the memory
     parts = zip(boxes.split(step), cls.split(step))
-    suppresses = torch.cat([_suppresses(*part, nms_thresh) for part in parts])
-    rule = valid[..., None].to(suppresses.dtype)
-    kept = rule
-    for _ in range(_NMS_PASSES):  # 1 - 0 is kept, 1 - the number that suppress it isn't
-        before, kept = kept, torch.baddbmm(rule, suppresses, kept, alpha=-1).relu_()
-    return kept[..., 0] > 0, (kept == before).flatten(1).all(dim=1)
+    suppressors = torch.cat([_as_bits(_suppresses(*part, nms_thresh)) for part in parts])
+    kept = valid
+    for _ in range(_NMS_PASSES):
+        before = kept
+        kept = valid & ~(suppressors & _as_bits(before)[:, None]).any(dim=-1)
+    return kept, (kept == before).all(dim=1)
+
+
+def _as_bits(mask: Tensor) -> Tensor:
+    """(…, C) true or false as the bits of (…, ⌈C / 64⌉) int64."""
+    mask = F.pad(mask, (0, -mask.shape[-1] % 64)).unflatten(-1, (-1, 8))
+    value = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask * value).sum(dim=-1, dtype=torch.uint8).view(torch.int64)
 
 
 def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
-    """(N, C, C), 1 where box j comes before box i, is of its class, and overlaps it."""
+    """(N, C, C), true where box j comes before box i, is of its class, and overlaps it."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     width = torch.minimum(x2[:, :, None], x2[:, None])
     width.sub_(torch.maximum(x1[:, :, None], x1[:, None])).clamp_(min=0)
@@ -168,8 +187,7 @@ def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
     height.sub_(torch.maximum(y1[:, :, None], y1[:, None])).clamp_(min=0)
     both, area = width.mul_(height), (x2 - x1) * (y2 - y1)
     found = (both / (area[:, :, None] + area[:, None]).sub_(both) > nms_thresh).tril_(-1)
-    found &= cls[:, :, None] == cls[:, None]
-    return found.to(torch.float16 if boxes.is_cuda else boxes.dtype)
+    return found & (cls[:, :, None] == cls[:, None])
 
 
 def best_detections(
@@ -240,6 +258,16 @@ def best_detections(
     return boxes, score, cls, torch.stack([kept.sum(dim=1), complete], dim=1)
 
 
+def first_detections(
+    logits: Tensor, deltas: Tensor, *args, score_function: str, **settings
+) -> Tuple[Tensor, ...]:
+    """Probabilities (N, R, K), offsets (N, R, 4) of their type, and what :func:`best_detections`
+    finds among them with the further arguments at its first attempt."""
+    scores = class_scores(logits, score_function)
+    deltas = deltas.to(scores.dtype)
+    return scores, deltas, *best_detections(scores, deltas, *args, **settings)
+
+
 def output_transform(sizes: Sequence[Tuple[int, int]], image_size: Tuple[int, int]) -> Tensor:
     """(N, 4) float64: what boxes in x and y are multiplied by and clipped to, if images of (height,
     width) ``sizes`` were resized to ``image_size`` for the network."""
@@ -304,8 +332,11 @@ def detect(
                 size = tuple(image_size if output_sizes is None else output_sizes[i])
                 if n < len(cls):
                     boxes, score, cls = boxes[:n], score[:n], cls[:n]
-                fields = {"pred_boxes": Boxes(boxes), "scores": score, "pred_classes": cls}
-                results[i] = Instances(size, **fields)
+                results[i] = Instances(size)
+                # all of one length: checking each field takes longer than all the rest here
+                results[i].get_fields().update(
+                    pred_boxes=Boxes(boxes), scores=score, pred_classes=cls
+                )
             else:
                 unfinished.append(row)
         todo, attempt = [todo[row] for row in unfinished], attempt + 1

@@ -18,7 +18,12 @@ from ssd.modeling.blocks import pad_as_tensorflow
 from ssd.modeling.default_boxes import DefaultBoxGenerator
 from ssd.modeling.head import SSDHead, SSDLiteHead
 from ssd.modeling.multibox import encode_boxes, loss_divisor, match_default_boxes, multibox_loss
-from ssd.modeling.postprocessing import best_detections, detect, output_transform
+from ssd.modeling.postprocessing import (
+    class_scores,
+    detect,
+    first_detections,
+    output_transform,
+)
 
 __all__ = ["SSD"]
 
@@ -83,7 +88,9 @@ class SSD(DenseDetector):
         self.score_function = loss["score_function"]
         # what MODEL.COMPILE replaces
         self.multibox_loss = functools.partial(multibox_loss, **loss)
-        self.best_detections = best_detections
+        self.first_detections = functools.partial(
+            first_detections, score_function=self.score_function
+        )
         self.box_weight, self.detection = box_weight, detection
         # on the device: a list would have to be copied there in each step
         weights = torch.tensor(bbox_reg_weights)
@@ -188,23 +195,19 @@ class SSD(DenseDetector):
             output: (N, 4), see :func:`output_transform`.
 
         Returns:
-            scores (N, R, K), offsets (N, R, 4), and the result of :func:`best_detections`.
+            see :meth:`find`.
         """
         enabled = self.inference_dtype is not None
         with torch.autocast(self.device.type, self.inference_dtype, enabled=enabled):
             features = self.backbone(images)
             features = [features[name] for name in self.head_in_features]
             logits, deltas = self._flatten(self.head(features))
-        scores = self.scores(logits)
-        deltas = deltas.to(scores.dtype)
-        settings = self._detection_settings()
-        return (
-            scores,
-            deltas,
-            *self.best_detections(
-                scores, deltas, self.default_boxes, self.input_size, output, **settings
-            ),
-        )
+        return self.find(logits, deltas, output)
+
+    def find(self, logits: Tensor, deltas: Tensor, output: Optional[Tensor] = None):
+        """:func:`ssd.modeling.postprocessing.first_detections` with this model's settings."""
+        boxes, settings = self.default_boxes, self._detection_settings()
+        return self.first_detections(logits, deltas, boxes, self.input_size, output, **settings)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Resizes where needed, batches and normalises; keeps the sizes of the given images."""
@@ -221,6 +224,8 @@ class SSD(DenseDetector):
         """A batch on the model's device: one copy, from memory that a GPU reads without waiting."""
         if images[0].is_cuda or self.device.type != "cuda":
             return torch.stack(images).to(self.device)
+        if images[0].is_pinned():
+            return torch.stack([x.to(self.device, non_blocking=True) for x in images])
         pinned = images[0].new_empty((len(images), *images[0].shape), pin_memory=True)
         return torch.stack(images, out=pinned).to(self.device, non_blocking=True)
 
@@ -286,8 +291,8 @@ class SSD(DenseDetector):
         predictions: Tuple[List[Tensor], List[Tensor]],
     ) -> List[Instances]:
         """Detections of N images, in pixels of the network's input."""
-        logits, deltas = self._flatten(predictions)
-        return self.detect(self.scores(logits), deltas)
+        scores, deltas, *first = self.find(*self._flatten(predictions))
+        return self.detect(scores, deltas, first=first)
 
     def detect(self, scores: Tensor, deltas: Tensor, sizes=None, **kwargs) -> List[Instances]:
         """:func:`ssd.modeling.postprocessing.detect` with this model's settings."""
@@ -303,11 +308,8 @@ class SSD(DenseDetector):
         }
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Logits (N, R, K + 1) to foreground probabilities (N, R, K), at least in float32."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.score_function == "softmax":
-            return logits.softmax(dim=-1)[..., :-1]
-        return logits[..., :-1].sigmoid()
+        """:func:`ssd.modeling.postprocessing.class_scores` with this model's function."""
+        return class_scores(logits, self.score_function)
 
     def _flatten(self, predictions: Tuple[List[Tensor], List[Tensor]]) -> Tuple[Tensor, Tensor]:
         logits, deltas = self.head.flatten(*predictions)

@@ -1,5 +1,6 @@
 import itertools
 import logging
+import os
 import pickle
 import random
 from multiprocessing.reduction import ForkingPickler
@@ -44,7 +45,12 @@ def test_stream_does_not_depend_on_workers(tiny_cfg):
         assert batches(tiny_cfg("DATALOADER.NUM_WORKERS", workers), 5) == alone
 
 
-def test_a_batch_travels_as_one_tensor_per_type():
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_a_batch_travels_between_processes(in_a_file, monkeypatch):
+    if not in_a_file:  # not Linux
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    elif not hasattr(os, "memfd_create"):
+        pytest.skip("there are no files in memory here")
     generator = torch.Generator().manual_seed(0)
     batch = Batch()
     for count in (3, 0, 1):
@@ -52,16 +58,18 @@ def test_a_batch_travels_as_one_tensor_per_type():
         instances.gt_classes = torch.arange(count)
         image = torch.randint(0, 256, (3, 4, 5), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "scale": torch.tensor(0.5)})
-    batch.append({"file_name": "a.jpg"})
-    (_, (_, _, packed)) = batch.__reduce__()
-    assert {x.dtype for x in packed.values()} == {torch.uint8, torch.float32, torch.int64}
-    received = pickle.loads(ForkingPickler.dumps(batch))
-    assert type(received) is list and received[3] == {"file_name": "a.jpg"}
+    batch.append({"file_name": "a.jpg", "columns": torch.arange(12).view(3, 4).t()})
+    message = ForkingPickler.dumps(batch)
+    received = pickle.loads(message)
+    assert type(received) is list and received[3]["file_name"] == "a.jpg"
+    assert torch.equal(batch[3]["columns"], received[3]["columns"])
     for sent, got in zip(batch[:3], received[:3]):
         assert torch.equal(sent["image"], got["image"]) and torch.equal(sent["scale"], got["scale"])
         assert torch.equal(sent["instances"].gt_boxes.tensor, got["instances"].gt_boxes.tensor)
         assert torch.equal(sent["instances"].gt_classes, got["instances"].gt_classes)
         assert got["instances"].image_size == (4, 5)
+    storages = {x["image"].untyped_storage().data_ptr() for x in received[:3]}
+    assert len(storages) == (1 if in_a_file else 3)
     assert pickle.loads(ForkingPickler.dumps(Batch())) == []
 
 

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from ssd.modeling.postprocessing import (
     _nms_per_class,
     _nms_without_waiting,
     decode_boxes,
     detect,
+    first_detections,
     rank_in_group,
     select_candidates,
 )
@@ -373,6 +375,29 @@ def test_nms_without_waiting_tells_what_is_not_settled():
     kept, settled = _nms_without_waiting(boxes, cls, valid, 0.5)
     assert settled.tolist() == [False, True]
     assert kept[1, :5].tolist() == [True, False, True, False, True]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
+def test_first_detections_on_a_gpu_never_wait_for_it():
+    """Tensors of a GPU without their numbers: what would have to read one raises."""
+    with FakeTensorMode():
+        logits, deltas, boxes = (
+            torch.empty(shape, device="cuda") for shape in [(3, 30, 5), (3, 30, 4), (30, 4)]
+        )
+        group = torch.empty(1, 4, dtype=torch.int64, device="cuda")
+        weights, output = torch.empty(4, device="cuda"), torch.empty(3, 4, device="cuda")
+        result = first_detections(
+            logits.bfloat16(), deltas.bfloat16(), boxes, SIZE, output, score_function="softmax",
+            group=group, num_groups=4, score_thresh=0.02, topk_candidates=10, nms_thresh=0.45,
+            detections_per_image=20, bbox_reg_weights=weights, bbox_reg_clamp="both",
+        )  # fmt: skip
+        found = [(tuple(x.shape), x.dtype, x.device.type) for x in result[2:]]
+        with pytest.raises(DynamicOutputShapeException):
+            _nms_per_class(deltas, deltas[..., 0].long(), deltas[..., 0] > 0, 4, 0.45)
+    assert found == [
+        ((3, 20, 4), torch.float32, "cuda"), ((3, 20), torch.float32, "cuda"),
+        ((3, 20), torch.int64, "cuda"), ((3, 2), torch.int64, "cuda"),
+    ]  # fmt: skip
 
 
 def test_boxes_are_scaled_as_detectron2_does():

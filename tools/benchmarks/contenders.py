@@ -200,56 +200,64 @@ class Ours(Contender):
             lambda: detected([x["instances"].scores for x in found]),
         )  # fmt: skip
 
-    def network(self) -> Work:
-        model = self._inference_model()
-        images = model.preprocess_image([{"image": x} for x in self.images()]).tensor
+    def _outputs(self, model: nn.Module) -> Callable:
+        """Images (N, 3, H, W), normalised, to the maps that the head predicts."""
 
-        def outputs(images):
+        @torch.no_grad()
+        def outputs(images: Tensor):
             with torch.autocast(
                 images.device.type, model.inference_dtype, self.spec.dtype != "fp32"
             ):
                 features = model.backbone(images)
-                return model.head.flatten(
-                    *model.head([features[name] for name in model.head_in_features])
-                )
+                return model.head([features[name] for name in model.head_in_features])
 
-        if self.spec.device == "cuda":
-            from ssd.inference import CudaGraph
+        return outputs
 
-            outputs = CudaGraph(outputs)
+    def _as_graph(self, function: Callable) -> Callable:
+        """As inference runs it."""
+        if self.spec.device != "cuda":
+            return function
+        from ssd.inference import CudaGraph
 
-        @torch.no_grad()
-        def run():
-            outputs(images)
+        return CudaGraph(function)
 
-        return Work(run, len(images), queues=True)
+    def network(self) -> Work:
+        model = self._inference_model()
+        images = model.preprocess_image([{"image": x} for x in self.images()]).tensor
+        outputs = self._outputs(model)
+        run = self._as_graph(lambda images: model.head.flatten(*outputs(images)))
+        return Work(lambda: run(images), len(images), queues=True)
 
     @torch.no_grad()
     def postprocess(self) -> Work:
-        model = self.model(self.config()).eval()
-        images = model.preprocess_image([{"image": x} for x in self.images()])
-        features = [model.backbone(images.tensor)[name] for name in model.head_in_features]
-        predictions = model.head(features)
+        from ssd.modeling.postprocessing import output_transform
+
+        model = self._inference_model()
+        images = model.preprocess_image([{"image": x} for x in self.images()]).tensor
+        predictions = self._outputs(model)(images)
         if self.spec.case == "worst":
             maps = ([], [])
-            shape = len(model.default_boxes), model.num_classes, len(images.image_sizes)
+            shape = len(model.default_boxes), model.num_classes, len(images)
             for flat, levels in zip(worst_case(*shape), maps):
-                for part, x in zip(flat.split(model.boxes_per_level, dim=1), features):
-                    grid = part.reshape(len(x), *x.shape[-2:], -1)
-                    levels.append(grid.permute(0, 3, 1, 2).to(x.device))
+                parts = flat.split(model.boxes_per_level, dim=1)
+                for part, like in zip(parts, predictions[1]):
+                    grid = part.reshape(len(images), *like.shape[-2:], -1)
+                    levels.append(grid.permute(0, 3, 1, 2).to(like.device))
             predictions = maps
-        found = []
+        sizes, found = [SIZE] * len(images), []
+        output = output_transform(sizes, model.input_size).to(self.spec.device)
+        find = self._as_graph(lambda logits, deltas: model.find(logits, deltas, output))
 
         @torch.no_grad()
         def run():
-            scores, deltas = model.head.flatten(*predictions)
-            found[:] = model.detect(model.scores(scores), deltas, [SIZE] * len(deltas))
+            scores, deltas, *first = find(*model.head.flatten(*predictions))
+            found[:] = model.detect(scores, deltas, sizes, first=[x.clone() for x in first])
 
         logits = model.head.flatten(*predictions)[0]
         thresh = model.detection["score_thresh"]
         return Work(
             run,
-            len(images.image_sizes),
+            len(images),
             lambda: over_threshold(thresh, logits, -1) | detected([x.scores for x in found]),
         )
 
