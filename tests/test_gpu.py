@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from ssd.data.loader import build_train_loader
 from ssd.engine import Trainer, TrainingStep
 from ssd.inference import CudaGraph, optimize
 from ssd.modeling.postprocessing import _nms_per_class, _nms_without_waiting
@@ -70,6 +71,19 @@ def test_nms_without_waiting():
     valid = torch.rand(5, 800, generator=generator, device="cuda") > 0.1
     kept, settled = _nms_without_waiting(boxes, cls, valid, 0.45)
     assert settled.all() and torch.equal(kept, _nms_per_class(boxes, cls, valid, 3, 0.45))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_arrive_in_pinned_memory(tiny_cfg, workers):
+    slow = next(iter(build_train_loader(tiny_cfg())))
+    cfg = tiny_cfg("MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", workers)
+    model = build_model(cfg)
+    batch = next(iter(build_train_loader(cfg)))
+    assert all(x["image"].is_pinned() for x in batch)
+    expected = torch.stack([x["image"] for x in slow])
+    assert torch.equal(model._stack([x["image"] for x in batch]).cpu(), expected)
+    for fast, x in zip(batch, slow):
+        assert torch.equal(fast["instances"].gt_boxes.tensor, x["instances"].gt_boxes.tensor)
 
 
 def training(cfg, dtype, bad):

@@ -227,6 +227,29 @@ def test_disagreement_is_the_largest_relative_one():
     assert report.disagreement(case) is None
 
 
+def test_shares_of_a_task_are_those_of_its_parts():
+    def case(task, seconds, batch_size=8, case="", name="ours bf16"):
+        contenders = {name: {"samples": seconds}, "torchvision bf16": {"samples": [9.0]}}
+        return {
+            "task": task, "model": "m", "batch_size": batch_size, "case": case,
+            "contenders": contenders,
+        }  # fmt: skip
+
+    results = [
+        case("predict", [1.9, 2.0, 5.0]), case("network", [1.0]), case("network", [1.5], 1),
+        case("postprocess", [0.5], case="2000 pairs", name="ours"),
+        case("postprocess", [1.8], case="worst", name="ours"), case("train-loop", [4.0]),
+    ]  # fmt: skip
+    assert report.shares(results) == [
+        "- m, batch 8, ours bf16: `network` takes 50 % of `predict`",
+        "- m, batch 8, ours bf16: `postprocess` takes 25 % of `predict`",
+    ]
+    results.append(case("train-step", [3.8]))
+    assert report.shares(results)[2:] == [
+        "- m, batch 8, ours bf16: `train-step` takes 95 % of `train-loop`"
+    ]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(report, what was printed) of the command on the tiny model."""

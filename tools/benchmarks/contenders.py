@@ -234,7 +234,7 @@ class Ours(Contender):
 
         model = self._inference_model()
         images = model.preprocess_image([{"image": x} for x in self.images()]).tensor
-        predictions = self._outputs(model)(images)
+        predictions = self._outputs(self.model(self.config()).eval())(images)
         if self.spec.case == "worst":
             maps = ([], [])
             shape = len(model.default_boxes), model.num_classes, len(images)

@@ -8,6 +8,8 @@ TRAINING = 3  # times a forward pass: also the gradients of the inputs and of th
 # Column: contenders whose label starts so. The fastest of them counts.
 PEERS = {"torchvision": "torchvision", "mmdet": "mmdet", "before": "before"}
 EVAL_PEERS = {"pycocotools": "pycocotools", "COCOeval_opt": "detectron2", "before": "before"}
+# of a task, those that do a part of its work
+PARTS = {"predict": ("network", "postprocess"), "train-loop": ("train-step",)}
 MACHINE = ("matmul", "copy")  # contenders that only measure the machine's rates
 
 
@@ -127,6 +129,26 @@ def disagreement(result: Dict) -> Optional[float]:
     )
 
 
+def shares(results: List[Dict]) -> List[str]:
+    """What share of our time in a task one of its parts takes, where both were measured."""
+    seconds = {
+        (result["task"], result["model"], result["batch_size"], name): median(x["samples"])
+        for result in results
+        if result["case"] != "worst"
+        for name, x in result["contenders"].items()
+        if name.startswith("ours") and x.get("samples")
+    }
+    lines = []
+    for (task, model, batch_size, name), whole in seconds.items():
+        for part in PARTS.get(task, ()):
+            any_dtype = seconds.get((part, model, batch_size, "ours"))
+            own = seconds.get((part, model, batch_size, name), any_dtype)
+            if own:
+                case = f"{model}, batch {batch_size}, {name}"
+                lines.append(f"- {case}: `{part}` takes {100 * own / whole:.0f} % of `{task}`")
+    return lines
+
+
 def markdown(report: Dict) -> str:
     """Tables of a report, one per task, below the machine, commit and command."""
     hardware = report["hardware"]
@@ -144,6 +166,7 @@ def markdown(report: Dict) -> str:
         lines += [f"### {task}", ""]
         lines += _table([x for x in report["results"] if x["task"] == task], report)
         lines.append("")
+    lines += shares(report["results"])
     return "\n".join(lines).rstrip() + "\n"
 
 
