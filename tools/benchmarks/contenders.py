@@ -710,9 +710,11 @@ class Detectron2(Contender):
     """Detectron2's evaluator with its compiled COCOeval_opt."""
 
     def eval(self) -> Work:
+        from detectron2.data import DatasetCatalog
         from detectron2.evaluation import COCOEvaluator
 
         register_evaluation(self.folder)
+        DatasetCatalog.get("eval")  # the ids of its classes are known once it has been read
         evaluator = COCOEvaluator(
             "eval", ("bbox",), output_dir=str(self.folder / "detectron2"), use_fast_impl=True
         )
