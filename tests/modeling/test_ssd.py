@@ -11,6 +11,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -361,6 +362,25 @@ def test_batch_norm_keys_reach_every_layer():
     frozen = make_model("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.MOBILENET.NORM", "FrozenBN")
     layers = [m for m in frozen.modules() if isinstance(m, FrozenBatchNorm2d)]
     assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
+@pytest.mark.parametrize("base", ["ssd300_vgg16", "ssdlite_mobilenetv2"])
+@pytest.mark.parametrize("best", ["argmax", "bipartite"])
+@pytest.mark.parametrize("normalizer", ["image", "batch", "each"])
+def test_losses_on_a_gpu_never_wait_for_it(base, best, normalizer, monkeypatch):
+    """Tensors of a GPU without their numbers: what would have to read one raises."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is none without a GPU
+    opts = ("MODEL.SSD.MATCHING.BEST", best, "MODEL.SSD.LOSS.NORMALIZER", normalizer)
+    model = make_model(*opts, base=base)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {name: torch.empty_like(x, device="cuda") for name, x in tensors}
+        inputs = [{**x, "image": torch.empty_like(x["image"], device="cuda")} for x in batch()]
+        losses = torch.func.functional_call(model, state, (inputs,))
+        with pytest.raises(DataDependentOutputException):
+            float(losses["loss_cls"])
+    assert {x.device.type for x in losses.values()} == {"cuda"}
 
 
 def test_default_boxes_are_a_buffer_that_no_checkpoint_holds():
