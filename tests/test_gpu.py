@@ -73,10 +73,9 @@ def test_nms_without_waiting():
     assert settled.all() and torch.equal(kept, _nms_per_class(boxes, cls, valid, 3, 0.45))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_batches_arrive_in_pinned_memory(tiny_cfg, workers):
+def test_batches_arrive_in_pinned_memory(tiny_cfg):
     slow = next(iter(build_train_loader(tiny_cfg())))
-    cfg = tiny_cfg("MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", workers)
+    cfg = tiny_cfg("MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", 1)
     model = build_model(cfg)
     batch = next(iter(build_train_loader(cfg)))
     assert all(x["image"].is_pinned() for x in batch)

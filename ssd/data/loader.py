@@ -150,15 +150,17 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
 
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = RunSampler(cfg.SOLVER.IMS_PER_BATCH)
-    if cfg.DATALOADER.NUM_WORKERS == 0:
+    workers = cfg.DATALOADER.NUM_WORKERS
+    if workers == 0:
         keep_freed_memory()
     return torch.utils.data.DataLoader(
         SampleStream(dataset, mapper or SSDDatasetMapper(cfg, True), seed),
         sampler=sampler,
         batch_size=sampler.batch_size,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=workers,
         collate_fn=Batch,
-        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),  # in a thread, which also receives batches
+        # in a thread of its own, which also receives the batches
+        pin_memory=workers > 0 and cfg.MODEL.DEVICE.startswith("cuda"),
         worker_init_fn=_init_worker,
     )
 
