@@ -175,7 +175,8 @@ def _as_bits(mask: Tensor) -> Tensor:
     """(…, C) true or false as the bits of (…, ⌈C / 64⌉) int64."""
     mask = F.pad(mask, (0, -mask.shape[-1] % 64)).unflatten(-1, (-1, 8))
     place = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (mask * (torch.ones_like(place) << place)).sum(dim=-1, dtype=torch.uint8).view(torch.int64)
+    values = torch.ones_like(place) << place
+    return (mask * values).sum(dim=-1, dtype=torch.uint8).view(torch.int64)
 
 
 def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
