@@ -181,23 +181,29 @@ class Batch(list):
 
     By itself each tensor costs the receiver a connection, a mapping and its release: for a batch of
     32 images, their boxes and their classes more time than a GPU needs for the training step.
-    Docker's small /dev/shm isn't used.
+    Docker's small /dev/shm isn't used. It arrives as a plain list.
     """
 
-    def __reduce__(self):
-        if not hasattr(os, "memfd_create"):  # not Linux
-            return list, (list(self),)
-        stream = io.BytesIO()
-        pickler = _Pickler(stream)
-        pickler.dump(list(self))
-        # in falling size of their elements, so that each is aligned
-        order = sorted(enumerate(pickler.tensors), key=lambda x: -x[1].element_size())
-        layout = [(number, x.dtype, x.shape, x.numel() * x.element_size()) for number, x in order]
+
+def _send(batch: Batch) -> tuple:
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    pickler.dump(list(batch))
+    # in falling size of their elements, so that each is aligned
+    order = sorted(enumerate(pickler.tensors), key=lambda x: -x[1].element_size())
+    layout = [(number, x.dtype, x.shape, x.numel() * x.element_size()) for number, x in order]
+    try:
         with open(os.memfd_create("batch"), "wb") as file:
             for _, x in order:
-                file.write(x.flatten().view(torch.uint8).numpy())
+                flat = x.contiguous().as_strided((x.numel(),), (1,))
+                file.write(flat.view(torch.uint8).numpy())
             file.seek(0)
             return _receive, (stream.getvalue(), layout, reduction.DupFd(file.fileno()))
+    except (AttributeError, OSError):  # not Linux, or not allowed
+        return list, (list(batch),)
+
+
+reduction.ForkingPickler.register(Batch, _send)  # for processes only, not for files and copies
 
 
 class _Pickler(pickle.Pickler):
@@ -208,7 +214,9 @@ class _Pickler(pickle.Pickler):
         self.tensors = []
 
     def persistent_id(self, x):
-        if type(x) is not torch.Tensor or x.device.type != "cpu":
+        if type(x) is not torch.Tensor or x.requires_grad:
+            return None
+        if x.device.type != "cpu" or x.layout != torch.strided:
             return None
         self.tensors.append(x)
         return len(self.tensors) - 1

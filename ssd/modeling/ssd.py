@@ -221,10 +221,10 @@ class SSD(DenseDetector):
         return ImageList(batch.contiguous(memory_format=self.memory_format), sizes)
 
     def _stack(self, images: List[Tensor]) -> Tensor:
-        """A batch on the model's device: one copy, from memory that a GPU reads without waiting."""
+        """A batch on the model's device, copied from memory that a GPU reads without waiting."""
         if images[0].is_cuda or self.device.type != "cuda":
             return torch.stack(images).to(self.device)
-        if images[0].is_pinned():
+        if images[0].is_pinned():  # by the loader
             return torch.stack([x.to(self.device, non_blocking=True) for x in images])
         pinned = images[0].new_empty((len(images), *images[0].shape), pin_memory=True)
         return torch.stack(images, out=pinned).to(self.device, non_blocking=True)

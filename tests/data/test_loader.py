@@ -58,11 +58,13 @@ def test_a_batch_travels_between_processes(in_a_file, monkeypatch):
         instances.gt_classes = torch.arange(count)
         image = torch.randint(0, 256, (3, 4, 5), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "scale": torch.tensor(0.5)})
-    batch.append({"file_name": "a.jpg", "columns": torch.arange(12).view(3, 4).t()})
-    message = ForkingPickler.dumps(batch)
-    received = pickle.loads(message)
+    table = torch.arange(12).view(3, 4)
+    odd = [table.t(), table[:, 1], table[:1, ::2], table[:1, 1], torch.tensor(1).expand(4)]
+    batch.append({"file_name": "a.jpg", "odd": odd, "sparse": table.to_sparse()})
+    received = pickle.loads(ForkingPickler.dumps(batch))
     assert type(received) is list and received[3]["file_name"] == "a.jpg"
-    assert torch.equal(batch[3]["columns"], received[3]["columns"])
+    assert all(map(torch.equal, odd, received[3]["odd"]))
+    assert torch.equal(received[3]["sparse"].to_dense(), table)
     for sent, got in zip(batch[:3], received[:3]):
         assert torch.equal(sent["image"], got["image"]) and torch.equal(sent["scale"], got["scale"])
         assert torch.equal(sent["instances"].gt_boxes.tensor, got["instances"].gt_boxes.tensor)
@@ -71,6 +73,12 @@ def test_a_batch_travels_between_processes(in_a_file, monkeypatch):
     storages = {x["image"].untyped_storage().data_ptr() for x in received[:3]}
     assert len(storages) == (1 if in_a_file else 3)
     assert pickle.loads(ForkingPickler.dumps(Batch())) == []
+
+
+def test_a_batch_in_a_file_can_be_read_twice():
+    message = pickle.dumps(Batch([torch.arange(3)]))
+    for received in (pickle.loads(message), pickle.loads(message)):
+        assert type(received) is Batch and torch.equal(received[0], torch.arange(3))
 
 
 @pytest.mark.parametrize("start_iter", [3, 5])  # within the first epoch of 16 / 4, and later

@@ -205,9 +205,7 @@ class Ours(Contender):
 
         @torch.no_grad()
         def outputs(images: Tensor):
-            with torch.autocast(
-                images.device.type, model.inference_dtype, self.spec.dtype != "fp32"
-            ):
+            with self.autocast():
                 features = model.backbone(images)
                 return model.head([features[name] for name in model.head_in_features])
 
@@ -246,12 +244,19 @@ class Ours(Contender):
             predictions = maps
         sizes, found = [SIZE] * len(images), []
         output = output_transform(sizes, model.input_size).to(self.spec.device)
-        find = self._as_graph(lambda logits, deltas: model.find(logits, deltas, output))
+
+        def find(logits: Tensor, deltas: Tensor):
+            if not hasattr(model, "find"):  # another checkout
+                return model.scores(logits), deltas
+            return model.find(logits, deltas, output)
+
+        find = self._as_graph(find)
 
         @torch.no_grad()
         def run():
             scores, deltas, *first = find(*model.head.flatten(*predictions))
-            found[:] = model.detect(scores, deltas, sizes, first=[x.clone() for x in first])
+            first = {"first": [x.clone() for x in first]} if first else {}
+            found[:] = model.detect(scores, deltas, sizes, **first)
 
         logits = model.head.flatten(*predictions)[0]
         thresh = model.detection["score_thresh"]
