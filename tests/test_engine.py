@@ -9,6 +9,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from trainers import ScriptedTrainer, checkpoint, train
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -19,16 +20,6 @@ PLAIN = (
     "INPUT.PHOTOMETRIC.ENABLED False INPUT.EXPAND.ENABLED False INPUT.IOU_CROP.ENABLED False "
     "INPUT.RANDOM_FLIP none"
 ).split()
-
-
-class ScriptedTrainer(Trainer):
-    """A Trainer whose evaluations give the values of ``script``, one after the other."""
-
-    script = []
-
-    @classmethod
-    def test(cls, cfg, model, evaluators=None):
-        return {"bbox": {"AP50": cls.script.pop(0)}}
 
 
 class WeighingTrainer(Trainer):
@@ -43,20 +34,8 @@ def weigh(state):
     return float(sum(value.double().sum() for value in state.values()))
 
 
-def train(cfg, trainer_class=Trainer, resume=False):
-    seed_all_rng(cfg.SEED)
-    trainer = trainer_class(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
-
-
 def saved(cfg):
     return {name for name in os.listdir(cfg.OUTPUT_DIR) if name.endswith(".pth")}
-
-
-def checkpoint(cfg, name):
-    return torch.load(os.path.join(cfg.OUTPUT_DIR, name), weights_only=True)
 
 
 @pytest.mark.parametrize("max_iter", [1, 2])  # the last iteration, or one before it

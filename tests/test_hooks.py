@@ -12,34 +12,13 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from trainers import ScriptedTrainer, checkpoint, train
 
 from ssd.config import load_config
 from ssd.engine import Trainer
 from ssd.hooks import TrainingPictures, WandbWriter, validation_losses
 
 STOPPING = "TEST.EVAL_PERIOD 1 TEST.BEST_METRIC bbox/AP50 SOLVER.IMS_PER_BATCH 2".split()
-
-
-class ScriptedTrainer(Trainer):
-    """A Trainer whose evaluations give the values of ``script``, one after the other."""
-
-    script = []
-
-    @classmethod
-    def test(cls, cfg, model, evaluators=None):
-        return {"bbox": {"AP50": cls.script.pop(0)}} if comm.is_main_process() else {}
-
-
-def train(cfg, trainer_class=Trainer, resume=False):
-    seed_all_rng(cfg.SEED)
-    trainer = trainer_class(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
-
-
-def checkpoint(cfg, name):
-    return torch.load(os.path.join(cfg.OUTPUT_DIR, name), weights_only=True)
 
 
 def metrics(folder, key):

@@ -163,20 +163,20 @@ def _nms_without_waiting(
     boxes = torch.where(valid[..., None], boxes, 0).nan_to_num(nan=0.0).clamp(-_FAR, _FAR)
     step = max(1, 2**27 // max(1, cls.shape[1]) ** 2)  # bounds the memory
     parts = zip(boxes.split(step), cls.split(step))
-    suppressors = torch.cat([_as_bits(_suppresses(*part, nms_thresh)) for part in parts])
+    place = torch.arange(8, dtype=torch.uint8, device=cls.device)
+    bits = torch.ones_like(place) << place
+    suppressors = torch.cat([_as_bits(_suppresses(*part, nms_thresh), bits) for part in parts])
     kept = valid
     for _ in range(_NMS_PASSES):
         before = kept
-        kept = valid & ~(suppressors & _as_bits(before)[:, None]).any(dim=-1)
+        kept = valid & ~(suppressors & _as_bits(before, bits)[:, None]).any(dim=-1)
     return kept, (kept == before).all(dim=1)
 
 
-def _as_bits(mask: Tensor) -> Tensor:
-    """(…, C) true or false as the bits of (…, ⌈C / 64⌉) int64."""
+def _as_bits(mask: Tensor, bits: Tensor) -> Tensor:
+    """(…, C) true or false in (…, ⌈C / 64⌉) int64, by the ``bits`` of a byte: 1, 2, 4, …, 128."""
     mask = F.pad(mask, (0, -mask.shape[-1] % 64)).unflatten(-1, (-1, 8))
-    place = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    values = torch.ones_like(place) << place
-    return (mask * values).sum(dim=-1, dtype=torch.uint8).view(torch.int64)
+    return (mask * bits).sum(dim=-1, dtype=torch.uint8).view(torch.int64)
 
 
 def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
