@@ -66,11 +66,13 @@ def test_a_batch_travels_between_processes(system, monkeypatch):
         batch.append({"image": image, "instances": instances, "scale": torch.tensor(0.5)})
     table = torch.arange(12).view(3, 4)
     odd = [table.t(), table[:, 1], table[:1, ::2], table[:1, 1], torch.tensor(1).expand(4)]
-    batch.append({"file_name": "a.jpg", "odd": odd, "sparse": table.to_sparse()})
+    rest = {"sparse": table.to_sparse(), "leaf": torch.ones(2, requires_grad=True)}
+    batch.append({"file_name": "a.jpg", "odd": odd, **rest})
     received = pickle.loads(ForkingPickler.dumps(batch))
     assert type(received) is list and received[3]["file_name"] == "a.jpg"
     assert all(map(torch.equal, odd, received[3]["odd"]))
     assert torch.equal(received[3]["sparse"].to_dense(), table)
+    assert received[3]["leaf"].requires_grad and received[3]["leaf"].tolist() == [1, 1]
     for sent, got in zip(batch[:3], received[:3]):
         assert torch.equal(sent["image"], got["image"]) and torch.equal(sent["scale"], got["scale"])
         assert torch.equal(sent["instances"].gt_boxes.tensor, got["instances"].gt_boxes.tensor)
@@ -79,6 +81,13 @@ def test_a_batch_travels_between_processes(system, monkeypatch):
     storages = {x["image"].untyped_storage().data_ptr() for x in received[:3]}
     assert len(storages) == (1 if system == "Linux" else 3)
     assert pickle.loads(ForkingPickler.dumps(Batch())) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there are no files in memory here")
+def test_batches_of_evaluations_travel_likewise(tiny_cfg):
+    cfg = tiny_cfg("DATALOADER.NUM_WORKERS", 1, "TEST.IMS_PER_BATCH", 2)
+    batch = next(iter(build_test_loader(cfg, cfg.DATASETS.TEST[0])))
+    assert len(batch) == 2 and len({x["image"].untyped_storage().data_ptr() for x in batch}) == 1
 
 
 def test_a_batch_in_a_file_can_be_read_twice():
