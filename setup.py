@@ -28,7 +28,7 @@ setup(
         # opencv-python over an opencv-python-headless that is there. Detectron2 does the same.
         "opencv": ["opencv-python"],
         "safetensors": ["safetensors"],
-        "test": ["pytest>=7", "pytest-xdist", "ruff", "safetensors"],
+        "test": ["pytest>=7.3", "pytest-xdist", "ruff", "safetensors"],
         "wandb": ["wandb"],
     },
 )
