@@ -15,7 +15,8 @@ the JPEGs. MMDetection takes part where it is installed.
 Tasks:
   data         640x480 JPEG file -> augmented uint8 tensor and boxes; one process, one thread
   train-step   a batch in memory -> losses, gradients, a step of SGD
-  train-loop   the same with a data loader (--workers)
+  losses       its part between raw outputs and their gradients: matching, mining, loss; ours only
+  train-loop   train-step with a data loader (--workers)
   predict      decoded 640x480 uint8 images -> detections
   network      normalised images on the device -> raw outputs
   postprocess  raw outputs -> detections: of about 2000 (box, class) pairs over the threshold, and
@@ -43,13 +44,15 @@ from benchmarks import worker
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK_TASKS = ("train-step", "train-loop", "predict", "network")
-TASKS = ("data", *NETWORK_TASKS, "postprocess", "eval")
+OUTPUT_TASKS = ("losses", "postprocess")
+TASKS = ("data", *NETWORK_TASKS, *OUTPUT_TASKS, "eval")
 MODELS = ("ssd300", "ssdlite_mobilenetv3", "ssdlite_mobilenetv2", "ssd512")
 CONTENDERS = {
     "data": (
         "ours", "before", "torchvision (PIL)", "torchvision (tensors)", "mmdet", "cv2.imread",
         "cv2.imread (memory reused)",
     ),
+    "losses": ("ours", "before"),
     "eval": ("ours", "before", "pycocotools", "detectron2"),
 }  # fmt: skip
 
@@ -78,11 +81,11 @@ def cases(args) -> Iterator[Case]:
         if args.contenders:
             always = ("before", "cv2.imread")
             names = [x for x in names if groups[x] in (*args.contenders, *always)]
-        dtypes = args.dtypes if task in NETWORK_TASKS else [""]
+        dtypes = args.dtypes if task in (*NETWORK_TASKS, "losses") else [""]
         contenders = {reporting.label(x, d): (x, d) for d in dtypes for x in names}
         if task in NETWORK_TASKS:
             contenders |= {reporting.label("matmul", d): ("matmul", d) for d in dtypes}
-        if task in (*NETWORK_TASKS, "postprocess"):
+        if task in (*NETWORK_TASKS, *OUTPUT_TASKS):
             contenders["copy"] = ("copy", "")
         if task == "eval":
             yield Case(task, args.models[0], 0, f"{args.eval_images} images", contenders)

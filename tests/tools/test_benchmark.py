@@ -100,6 +100,13 @@ def test_losses_are_the_same_on_both_sides(work):
     assert ours.describe().keys() == {"loss_cls", "loss_box_reg"}
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_losses_by_themselves_are_those_of_the_step(work, dtype):
+    step, losses = (work("ours", task, dtype=dtype) for task in ("train-step", "losses"))
+    assert losses.describe() == pytest.approx(step.describe(), rel=1e-6)
+    assert losses.images == step.images == 2
+
+
 @pytest.mark.parametrize("name", ["ours", "torchvision"])
 def test_training_loop_reads_its_files(work, name):
     losses = work(name, "train-loop").describe()
@@ -222,8 +229,17 @@ def test_limits_follow_from_rates_measured_in_turns():
     assert slow == {"seconds": pytest.approx(4 * 5e6 / 1e8), "by": "copy"}
     training = report.network_limit(COST, {"bf16": 4e10, "copy": 1e12}, "bf16", 4, training=True)
     assert training["seconds"] == pytest.approx(0.3)
-    one = report.postprocess_limit(REPORT["models"]["m"], {"copy": 4e6}, 2)
-    assert one["seconds"] == pytest.approx(2 * 1000 * (95 + 1 + 4) * 4 / 4e6)
+
+
+@pytest.mark.parametrize("task, times", [("postprocess", 1), ("losses", 2)])
+def test_outputs_are_read_and_of_losses_gradients_written(task, times):
+    case = result(task, ours=[1.0], copy=[1.0])
+    case["contenders"]["copy"]["found"] = {"bytes": 4e6}
+    limit = report.case_limit(case, REPORT, "ours")
+    assert limit == {"seconds": times * 4 * 1000 * (95 + 1 + 4) * 4 / 4e6, "by": "copy"}
+    if task == "losses":
+        case["contenders"]["ours"]["dtype"] = "bf16"
+        assert report.case_limit(case, REPORT, "ours")["seconds"] == limit["seconds"] / 2
 
 
 def test_disagreement_is_the_largest_relative_one():
@@ -252,9 +268,10 @@ def test_shares_of_a_task_are_those_of_its_parts():
         "- m, batch 8, ours bf16: `network` takes 50 % of `predict`",
         "- m, batch 8, ours bf16: `postprocess` takes 25 % of `predict`",
     ]
-    results.append(case("train-step", [3.8]))
+    results += [case("train-step", [3.8]), case("losses", [0.19])]
     assert report.shares(results)[2:] == [
-        "- m, batch 8, ours bf16: `train-step` takes 95 % of `train-loop`"
+        "- m, batch 8, ours bf16: `train-step` takes 95 % of `train-loop`",
+        "- m, batch 8, ours bf16: `losses` takes 5 % of `train-step`",
     ]
 
 
@@ -312,6 +329,10 @@ def test_cases_of_the_arguments():
         "postprocess, ssd300, batch 1, worst"
     ]
     assert len(found) == 5 and "eval" in found[-1]
+    (losses,) = benchmark.cases(
+        benchmark.parse("--tasks losses --models tiny --batch-sizes 8 --dtypes bf16".split())
+    )
+    assert list(losses.contenders) == ["ours bf16", "copy"]
     args = benchmark.parse(
         "--tasks predict --dtypes fp32 bf16 --contenders ours --before .".split()
     )

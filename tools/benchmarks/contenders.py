@@ -131,17 +131,22 @@ class Ours(Contender):
         dataset = build_train_loader(self.files_config(workers=0)).dataset
         return self.samples(dataset, lambda number, sample: sample["file_name"])
 
-    def _training(self, cfg, loader) -> Work:
-        from detectron2.utils.events import EventStorage
-
-        from ssd.engine import Trainer, TrainingStep
+    def _training_model(self, cfg) -> nn.Module:
         from ssd.inference import compile_network
 
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as Detectron2's default_setup
         model = self.model(cfg)
-        optimizer = Trainer.build_optimizer(cfg, model)
         if cfg.MODEL.COMPILE:
             compile_network(model)
+        return model
+
+    def _training(self, cfg, loader) -> Work:
+        from detectron2.utils.events import EventStorage
+
+        from ssd.engine import Trainer, TrainingStep
+
+        model = self._training_model(cfg)
+        optimizer = Trainer.build_optimizer(cfg, model)
         amp, late = cfg.SOLVER.AMP, optimizer.defaults.get("fused", False)
         step = TrainingStep(
             model, loader, optimizer, amp.DTYPE if amp.ENABLED else "", late=bool(late)
@@ -157,12 +162,11 @@ class Ours(Contender):
 
         return Work(run, self.spec.batch_size, losses, queues=True)
 
-    def train_step(self) -> Work:
+    def _batch(self, cfg) -> List[Dict]:
         from detectron2.structures import Boxes, Instances
 
-        cfg = self.config()
         size = tuple(cfg.MODEL.SSD.INPUT_SIZE)
-        batch = [
+        return [
             {
                 "image": x["image"], "height": SIZE[0], "width": SIZE[1],
                 "file_name": x["file_name"],
@@ -170,7 +174,27 @@ class Ours(Contender):
             }
             for x in training_batch(self.folder, self.spec.batch_size, size)
         ]  # fmt: skip
-        return self._training(cfg, itertools.repeat(batch))
+
+    def train_step(self) -> Work:
+        cfg = self.config()
+        return self._training(cfg, itertools.repeat(self._batch(cfg)))
+
+    def losses(self) -> Work:
+        cfg = self.config()
+        model, batch, found = self._training_model(cfg), self._batch(cfg), {}
+        images = model.preprocess_image(batch)
+        maps = [
+            [x.detach().requires_grad_() for x in levels]
+            for levels in self._outputs(model)(images.tensor)
+        ]
+        gt_instances, leaves = [x["instances"] for x in batch], [x for xs in maps for x in xs]
+
+        def run():
+            with self.autocast():
+                found.update(model.forward_training(images, [], maps, gt_instances))
+            torch.autograd.grad(sum(found.values()), leaves)
+
+        return Work(run, len(batch), lambda: {k: x.item() for k, x in found.items()}, queues=True)
 
     def train_loop(self) -> Work:
         from ssd.data.loader import build_train_loader

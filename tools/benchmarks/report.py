@@ -9,7 +9,11 @@ TRAINING = 3  # times a forward pass: also the gradients of the inputs and of th
 PEERS = {"torchvision": "torchvision", "mmdet": "mmdet", "before": "before"}
 EVAL_PEERS = {"pycocotools": "pycocotools", "COCOeval_opt": "detectron2", "before": "before"}
 # of a task, those that do a part of its work
-PARTS = {"predict": ("network", "postprocess"), "train-loop": ("train-step",)}
+PARTS = {
+    "predict": ("network", "postprocess"),
+    "train-step": ("losses",),
+    "train-loop": ("train-step",),
+}
 MACHINE = ("matmul", "copy")  # contenders that only measure the machine's rates
 
 
@@ -47,10 +51,10 @@ def network_limit(
     return {"seconds": times[by] * (TRAINING if training else 1), "by": by}
 
 
-def postprocess_limit(model: Dict, rates: Dict, batch_size: int) -> Dict:
-    """Reading every logit and offset once."""
-    moved = 4 * batch_size * model["default_boxes"] * (model["num_classes"] + 5)
-    return {"seconds": moved / rates["copy"], "by": "copy"}
+def outputs_limit(model: Dict, rates: Dict, dtype: str, batch_size: int) -> float:
+    """Seconds to read each logit and offset once."""
+    moved = BYTES[dtype] * batch_size * model["default_boxes"] * (model["num_classes"] + 5)
+    return moved / rates["copy"]
 
 
 def case_limit(result: Dict, report: Dict, name: str) -> Optional[Dict]:
@@ -66,10 +70,13 @@ def case_limit(result: Dict, report: Dict, name: str) -> Optional[Dict]:
         return None
     model, rates = report["models"][result["model"]], machine_rates(contenders)
     dtype = contenders[name]["dtype"]
-    if "copy" not in rates or (dtype and dtype not in rates):
+    if "copy" not in rates:
         return None
-    if task == "postprocess":
-        return postprocess_limit(model, rates, result["batch_size"])
+    if task in ("postprocess", "losses"):
+        seconds = outputs_limit(model, rates, dtype or "fp32", result["batch_size"])
+        return {"seconds": seconds * (2 if task == "losses" else 1), "by": "copy"}  # gradients, too
+    if dtype not in rates:
+        return None
     is_training = task.startswith("train")
     return network_limit(model["cost"], rates, dtype, result["batch_size"], is_training)
 
@@ -145,7 +152,7 @@ def shares(results: List[Dict]) -> List[str]:
             own = seconds.get((part, model, batch_size, name), any_dtype)
             if own:
                 case = f"{model}, batch {batch_size}, {name}"
-                lines.append(f"- {case}: `{part}` takes {100 * own / whole:.0f} % of `{task}`")
+                lines.append(f"- {case}: `{part}` takes {100 * own / whole:.3g} % of `{task}`")
     return lines
 
 

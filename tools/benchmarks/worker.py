@@ -133,7 +133,7 @@ def prepare_files(settings: Dict) -> Dict:
         )
         one, cost = definition(name), {}
         entry = {"torchvision": one.torchvision is not None, "mmdet": one.mmdet}
-        if {"predict", "network", "postprocess", "train-step", "train-loop"} & set(tasks):
+        if set(tasks) - {"data", "eval"}:
             model = build_model(config(name, "cpu")).eval()
             cost = network_cost(model)
             image = inputs.photographs(sub, 1)[0]
