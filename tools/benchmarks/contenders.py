@@ -180,6 +180,10 @@ class Ours(Contender):
         return self._training(cfg, itertools.repeat(self._batch(cfg)))
 
     def losses(self) -> Work:
+        from ssd.memory import keep_freed_memory
+
+        if self.spec.device == "cpu":
+            keep_freed_memory()  # as the training step
         cfg = self.config()
         model, batch, found = self._training_model(cfg), self._batch(cfg), {}
         images = model.preprocess_image(batch)
