@@ -60,7 +60,7 @@ def match_default_boxes(
     Returns:
         (N, R) int64: the index of the ground truth, or -1 for background.
     """
-    iou = torch.where(gt_valid[:, :, None], box_iou(gt_boxes, default_boxes), -1.0)  # (N, M, R)
+    iou = box_iou(gt_boxes, default_boxes).masked_fill_(~gt_valid[:, :, None], -1.0)  # (N, M, R)
     best_iou, best_gt = iou.max(dim=1)  # (N, R)
     by_threshold = torch.where(best_iou >= iou_threshold, best_gt, -1)
 
