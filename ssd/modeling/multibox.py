@@ -126,10 +126,11 @@ def _center_size(boxes: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
 def mine_hard_negatives(
     loss: Tensor, positive: Tensor, ratio: float = 3.0, without_positives: int = 0
 ) -> Tensor:
-    """Chooses the negatives of highest confidence loss, ``ratio`` per positive of the image.
+    """Chooses the negatives of highest confidence loss, ``ratio`` per positive of the image; of
+    equal losses that of the lower default box.
 
     Args:
-        loss: (N, R) confidence losses.
+        loss: (N, R) confidence losses, none negative.
         positive: (N, R) bool.
         ratio: negatives per positive; rounded down per image.
         without_positives: negatives of an image that has no positive.
@@ -139,13 +140,14 @@ def mine_hard_negatives(
     """
     positives = positive.sum(dim=1, keepdim=True)
     count = torch.where(positives > 0, (positives * ratio).long(), without_positives)
-    loss = loss.detach().masked_fill(positive, -1.0)
+    loss = loss.detach().float().abs().masked_fill(positive, -1.0)  # abs: a loss can be -0.0
+    place = torch.arange(loss.shape[1], device=loss.device)
     if loss.is_cuda:  # to know how many any image needs, a GPU would have to be waited for
-        order = loss.argsort(dim=1, descending=True)
-    else:
-        order = loss.topk(min(int(count.max()), loss.shape[1]), dim=1)[1]
-    rank = torch.arange(order.shape[1], device=loss.device).expand_as(order)
-    hardest = torch.zeros_like(positive).scatter_(1, order, rank < count)
+        order = loss.argsort(dim=1, descending=True, stable=True)
+    else:  # topk promises no order of equals: keys, whose upper digits are a float's, differ
+        keys = (loss.view(torch.int32).long() << 32) - place
+        order = keys.topk(min(int(count.max()), loss.shape[1]), dim=1)[1]
+    hardest = torch.zeros_like(positive).scatter_(1, order, place[: order.shape[1]] < count)
     return hardest & ~positive
 
 

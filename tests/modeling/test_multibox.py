@@ -188,12 +188,27 @@ def test_mining_ratio_is_rounded_down(ratio, count):
     assert mined.sum() == count and not (mined & positive).any()
 
 
-def test_mining_of_ties_gives_the_exact_count():
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.7])
+def test_mining_takes_the_first_of_equal_losses(value):
     positive = torch.zeros(2, 50, dtype=torch.bool)
-    positive[0, 10:14], positive[1, :1] = True, True
-    for value in (0.0, 0.7):
-        mined = mine_hard_negatives(torch.full((2, 50), value), positive)
-        assert mined.sum(1).tolist() == [12, 3] and not (mined & positive).any()
+    positive[0, 3:7], positive[1, 40] = True, True
+    loss = torch.full((2, 50), value)
+    loss[1, 20] = 0.8
+    mined = mine_hard_negatives(loss, positive)
+    assert mined[0].nonzero().flatten().tolist() == [0, 1, 2, *range(7, 16)]
+    assert mined[1].nonzero().flatten().tolist() == [0, 1, 20]
+
+
+def test_mining_equals_a_stable_sort():
+    torch.manual_seed(0)
+    loss, positive = torch.rand(20, 1000), torch.rand(20, 1000) < 0.05
+    loss = torch.where(loss < 0.5, (loss * 20).round(), loss)  # half of them in ties
+    expected = torch.zeros_like(positive)
+    for row, values, taken in zip(expected, loss.tolist(), positive.tolist()):
+        negatives = [r for r in range(1000) if not taken[r]]
+        negatives.sort(key=lambda r: (-values[r], r))
+        row[negatives[: 3 * sum(taken)]] = True
+    assert mine_hard_negatives(loss, positive).equal(expected)
 
 
 def test_mining_never_takes_positives_when_negatives_run_out():
