@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import benchmark  # noqa: E402
 from benchmarks import contenders, inputs, machine, report, worker  # noqa: E402
+from benchmarks.contenders.torchvision import TorchvisionFiles  # noqa: E402
 
 IMAGES = 6
 
@@ -145,7 +146,7 @@ def test_files_differ(prepared):
 @pytest.mark.parametrize("preset", ["ssd", "ssdlite"])
 def test_torchvisions_samples_have_the_input_size(prepared, backend, preset):
     records = inputs.read_records(prepared[0] / "tiny")
-    files = contenders.TorchvisionFiles(records, (96, 96), preset, backend)
+    files = TorchvisionFiles(records, (96, 96), preset, backend)
     torch.manual_seed(0)
     image, target = files[0]
     assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
