@@ -142,11 +142,11 @@ def mine_hard_negatives(
     count = torch.where(positives > 0, (positives * ratio).long(), without_positives)
     loss = loss.detach().float().abs().masked_fill(positive, -1.0)  # abs: a loss can be -0.0
     place = torch.arange(loss.shape[1], device=loss.device)
-    if loss.is_cuda:  # to know how many any image needs, a GPU would have to be waited for
-        order = loss.argsort(dim=1, descending=True, stable=True)
-    else:  # topk promises no order of equals: keys, whose upper digits are a float's, differ
+    if loss.device.type == "cpu":  # topk keeps no order of equals: keys, floats on top, differ
         keys = (loss.view(torch.int32).long() << 32) - place
         order = keys.topk(min(int(count.max()), loss.shape[1]), dim=1)[1]
+    else:  # to know how many any image needs, a GPU would have to be waited for
+        order = loss.argsort(dim=1, descending=True, stable=True)
     hardest = torch.zeros_like(positive).scatter_(1, order, place[: order.shape[1]] < count)
     return hardest & ~positive
 
