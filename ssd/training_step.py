@@ -115,7 +115,7 @@ class _LossReport:
 
 def check_finite(losses: Dict[str, Tensor], iteration: int, files: List[str]) -> None:
     """FloatingPointError with every term, the iteration and the files, if one isn't finite."""
-    values = {name: float(value) for name, value in losses.items()}
+    values = {name: value.item() for name, value in losses.items()}
     if not all(map(math.isfinite, values.values())):
         raise FloatingPointError(
             f"loss is not finite at iteration {iteration}: {values}; batch: "

@@ -15,7 +15,7 @@ the JPEGs. MMDetection takes part where it is installed.
 Tasks:
   data         640x480 JPEG file -> augmented uint8 tensor and boxes; one process, one thread
   train-step   a batch in memory -> losses, gradients, a step of SGD
-  losses       its part between raw outputs and their gradients: matching, mining, loss; ours only
+  losses       its part between raw outputs and their gradients: matching, mining, loss; no peers
   train-loop   train-step with a data loader (--workers)
   predict      decoded 640x480 uint8 images -> detections
   network      normalised images on the device -> raw outputs
@@ -81,6 +81,9 @@ def cases(args) -> Iterator[Case]:
         if args.contenders:
             always = ("before", "cv2.imread")
             names = [x for x in names if groups[x] in (*args.contenders, *always)]
+        if not names:
+            print(f"{task}: none of --contenders takes part", file=sys.stderr)
+            continue
         dtypes = args.dtypes if task in (*NETWORK_TASKS, "losses") else [""]
         contenders = {reporting.label(x, d): (x, d) for d in dtypes for x in names}
         if task in NETWORK_TASKS:
@@ -290,7 +293,10 @@ def parse(argv: List[str]):
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", choices=reporting.BYTES, default=["fp32"])
     parser.add_argument(
-        "--contenders", nargs="+", help="only ours, torchvision, mmdet, pycocotools, detectron2"
+        "--contenders",
+        nargs="+",
+        help="only these; default: all that can take part",
+        choices=("ours", "torchvision", "mmdet", "cv2.imread", "pycocotools", "detectron2"),
     )
     parser.add_argument(
         "--before", default="", metavar="FOLDER", help="another checkout of ours, as a contender"
@@ -320,9 +326,10 @@ def parse(argv: List[str]):
     args = parser.parse_args(argv)
     if "fp16" in args.dtypes and args.device == "cpu":
         parser.error("--dtypes fp16 needs --device cuda; on a CPU there is bf16")
-    for name in ("rounds", "warmup", "threads", "images", "eval_images"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("rounds", "warmup", "threads", "images", "eval_images", "batch_sizes"):
+        value = getattr(args, name)
+        if (min(value) if name == "batch_sizes" else value) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     labs = ROOT / "labs"
     for name in args.models:
         if name not in (*MODELS, "tiny") and not (labs / name / "config.yaml").is_file():

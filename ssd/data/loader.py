@@ -199,7 +199,7 @@ def _send(batch: Batch) -> tuple:
                 file.write(flat.view(torch.uint8).numpy())
             file.seek(0)
             return _receive, (stream.getvalue(), layout, reduction.DupFd(file.fileno()))
-    except (AttributeError, OSError):  # not Linux, or not allowed
+    except (AttributeError, OSError, RuntimeError):  # not Linux, not allowed, not plain memory
         return list, (list(batch),)
 
 

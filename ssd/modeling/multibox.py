@@ -21,11 +21,14 @@ __all__ = [
 ]
 
 
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # torch 2.0: none
+
+
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoUs (…, M, R) of boxes (…, M, 4) with boxes (…, R, 4), NaN for two without area.
 
-    torchvision's ``box_iou`` to the last bit, for batches, and three times as fast on a CPU: it
-    takes contiguous coordinates one by one.
+    torchvision's ``box_iou`` to the last bit (float32 and float64), for batches, and three times as
+    fast on a CPU: it takes contiguous coordinates one by one.
     """
     a_x1, a_y1, a_x2, a_y2 = boxes1[..., None, :].unbind(-1)
     b_x1, b_y1, b_x2, b_y2 = boxes2[..., None, :, :].movedim(-1, 0).contiguous()
@@ -114,7 +117,7 @@ def encode_boxes(boxes: Tensor, default_boxes: Tensor, weights: Sequence[float])
     default_x, default_y, default_w, default_h = _center_size(default_boxes)
     shift = (x - default_x) / default_w, (y - default_y) / default_h
     scale = torch.log(w / default_w), torch.log(h / default_h)
-    weights = torch.as_tensor(weights, dtype=boxes.dtype, device=boxes.device)
+    weights = torch.as_tensor(weights, dtype=shift[0].dtype, device=boxes.device)
     return torch.stack([*shift, *scale], dim=-1) * weights
 
 
@@ -140,15 +143,22 @@ def mine_hard_negatives(
     """
     positives = positive.sum(dim=1, keepdim=True)
     count = torch.where(positives > 0, (positives * ratio).long(), without_positives)
-    loss = loss.detach().float().abs().masked_fill(positive, -1.0)  # abs: a loss can be -0.0
-    place = torch.arange(loss.shape[1], device=loss.device)
-    if loss.device.type == "cpu":  # topk keeps no order of equals: keys, floats on top, differ
-        keys = (loss.view(torch.int32).long() << 32) - place
-        order = keys.topk(min(int(count.max()), loss.shape[1]), dim=1)[1]
-    else:  # to know how many any image needs, a GPU would have to be waited for
-        order = loss.argsort(dim=1, descending=True, stable=True)
-    hardest = torch.zeros_like(positive).scatter_(1, order, place[: order.shape[1]] < count)
+    loss = loss.detach().abs().masked_fill(positive, -1.0)  # abs: a loss can be -0.0
+    order = _hardest_first(loss, count)
+    rank = torch.arange(order.shape[1], device=loss.device)
+    hardest = torch.zeros_like(positive).scatter_(1, order, rank < count)
     return hardest & ~positive
+
+
+def _hardest_first(loss: Tensor, count: Tensor) -> Tensor:
+    """(N, C) indices by falling loss, of equal losses by place; each row's ``count`` at least."""
+    if loss.device.type != "cpu" or loss.dtype != torch.float32 or _is_compiling():
+        # the count would have to be waited for, or a compiled function would end here
+        return loss.argsort(dim=1, descending=True, stable=True)
+    # topk keeps no order of equals; no two keys are equal: a float's bits, and below them its place
+    most = min(max([0, *count.flatten().tolist()]), loss.shape[1])
+    place = torch.arange(loss.shape[1])
+    return ((loss.view(torch.int32).long() << 32) - place).topk(most, dim=1)[1]
 
 
 def loss_divisor(matched: Tensor, normalizer: str) -> Tensor:

@@ -1,6 +1,7 @@
 """SSD: Single Shot MultiBox Detector (arXiv 1512.02325)."""
 
 import functools
+import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -123,6 +124,9 @@ class SSD(DenseDetector):
         _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
         _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
         _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
+        for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES"):
+            if not 0 <= ssd.LOSS[key] < math.inf:
+                raise ValueError(f"MODEL.SSD.LOSS.{key} must be 0 or more, got {ssd.LOSS[key]}")
         backbone = build_backbone(cfg)
         shapes = list(backbone.output_shape().values())
         generator = build_anchor_generator(cfg, shapes)

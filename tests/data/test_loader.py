@@ -81,6 +81,8 @@ def test_a_batch_travels_between_processes(system, monkeypatch):
     storages = {x["image"].untyped_storage().data_ptr() for x in received[:3]}
     assert len(storages) == (1 if system == "Linux" else 3)
     assert pickle.loads(ForkingPickler.dumps(Batch())) == []
+    conjugate = torch.tensor([1 + 2j]).conj()  # not plain memory
+    assert pickle.loads(ForkingPickler.dumps(Batch([conjugate])))[0].shape == (1,)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there are no files in memory here")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 
+from ssd.modeling import multibox
 from ssd.modeling.multibox import (
     box_iou,
     encode_boxes,
@@ -173,33 +174,40 @@ def test_matching_equals_a_slow_loop(best, slow, num_boxes, num_gt):
         assert matched[i].tolist() == slow(iou, 0.4)
 
 
-def test_mining_takes_the_hardest_per_image():
+@pytest.fixture(params=["topk", "sort"])
+def mine(request, monkeypatch):
+    """Mining as on CPUs, and as in a compiled function or on another device."""
+    monkeypatch.setattr(multibox, "_is_compiling", lambda: request.param == "sort")
+    return mine_hard_negatives
+
+
+def test_mining_takes_the_hardest_per_image(mine):
     loss = torch.tensor([[9.0, 5, 1, 4, 3, 2], [1.0, 2, 3, 4, 5, 6]])
     positive = torch.tensor([[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]).bool()
-    mined = mine_hard_negatives(loss, positive, ratio=3.0)
+    mined = mine(loss, positive, ratio=3.0)
     assert mined.int().tolist() == [[0, 1, 0, 1, 1, 0], [0, 0, 1, 1, 0, 1]]
 
 
 @pytest.mark.parametrize("ratio, count", [(3.0, 6), (1.0, 2), (0.5, 1), (1.25, 2), (0.0, 0)])
-def test_mining_ratio_is_rounded_down(ratio, count):
+def test_mining_ratio_is_rounded_down(mine, ratio, count):
     loss, positive = torch.rand(1, 20), torch.zeros(1, 20, dtype=torch.bool)
     positive[0, [3, 7]] = True
-    mined = mine_hard_negatives(loss, positive, ratio)
+    mined = mine(loss, positive, ratio)
     assert mined.sum() == count and not (mined & positive).any()
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 0.7])
-def test_mining_takes_the_first_of_equal_losses(value):
+def test_mining_takes_the_first_of_equal_losses(mine, value):
     positive = torch.zeros(2, 50, dtype=torch.bool)
     positive[0, 3:7], positive[1, 40] = True, True
     loss = torch.full((2, 50), value)
     loss[1, 20] = 0.8
-    mined = mine_hard_negatives(loss, positive)
+    mined = mine(loss, positive)
     assert mined[0].nonzero().flatten().tolist() == [0, 1, 2, *range(7, 16)]
     assert mined[1].nonzero().flatten().tolist() == [0, 1, 20]
 
 
-def test_mining_equals_a_stable_sort():
+def test_mining_equals_a_stable_sort(mine):
     torch.manual_seed(0)
     loss, positive = torch.rand(20, 1000), torch.rand(20, 1000) < 0.05
     loss = torch.where(loss < 0.5, (loss * 20).round(), loss)  # half of them in ties
@@ -208,19 +216,26 @@ def test_mining_equals_a_stable_sort():
         negatives = [r for r in range(1000) if not taken[r]]
         negatives.sort(key=lambda r: (-values[r], r))
         row[negatives[: 3 * sum(taken)]] = True
-    assert mine_hard_negatives(loss, positive).equal(expected)
+    assert mine(loss, positive).equal(expected)
 
 
-def test_mining_never_takes_positives_when_negatives_run_out():
+def test_mining_never_takes_positives_when_negatives_run_out(mine):
     positive = torch.tensor([[True] * 4 + [False] * 3])
-    assert mine_hard_negatives(torch.rand(1, 7), positive).equal(~positive)
+    assert mine(torch.rand(1, 7), positive).equal(~positive)
+
+
+def test_mining_of_float64_and_of_no_image(mine):
+    loss = 0.5 + torch.arange(3, dtype=torch.float64)[None] * 1e-12  # equal in float32
+    positive = torch.zeros(1, 3, dtype=torch.bool)
+    assert mine(loss, positive, without_positives=1).tolist() == [[False, False, True]]
+    assert mine(torch.rand(0, 3), positive[:0]).shape == (0, 3)
 
 
 @pytest.mark.parametrize("count", [0, 5])
-def test_mining_of_images_without_positives(count):
+def test_mining_of_images_without_positives(mine, count):
     positive = torch.zeros(2, 10, dtype=torch.bool)
     positive[1, 0] = True
-    mined = mine_hard_negatives(torch.rand(2, 10), positive, without_positives=count)
+    mined = mine(torch.rand(2, 10), positive, without_positives=count)
     assert mined.sum(1).tolist() == [count, 3]
 
 
@@ -263,6 +278,12 @@ def test_loss_equals_a_slow_computation_per_image(ratio, without, beta):
     expected = [slow_loss(*(x[i].tolist() for x in batch), ratio, without, beta) for i in range(3)]
     for loss, values in zip(losses, zip(*expected)):
         assert loss.tolist() == pytest.approx(values, rel=1e-5)
+
+
+def test_loss_compiles_as_one_graph():
+    inputs = random_batch()
+    compiled = torch.compile(multibox_loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), multibox_loss(*inputs))
 
 
 def test_sigmoid_loss_by_hand():
@@ -319,7 +340,7 @@ def test_encoding_computed_by_hand():
     torch.testing.assert_close(encode_boxes(box, default_box, WEIGHTS), expected)
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, [1.0, 2.0, 3.0, 4.0]])
+@pytest.mark.parametrize("weights", [WEIGHTS, [0.5, 2.5, 3.0, 4.0]])
 def test_decoding_inverts_encoding(weights):
     generator = torch.Generator().manual_seed(1)
     default_boxes, boxes = random_boxes(generator, 50), random_boxes(generator, 2, 50)

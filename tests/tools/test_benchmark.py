@@ -25,7 +25,7 @@ def prepared(tmp_path_factory):
     """(folder, what prepare_files says of it)."""
     folder = tmp_path_factory.mktemp("benchmark")
     settings = {
-        "folder": str(folder), "models": ["tiny"], "tasks": ["predict", "data", "eval"],
+        "folder": str(folder), "models": ["tiny"], "tasks": ["losses", "data", "eval"],
         "device": "cpu", "threads": 1, "dtypes": ["fp32"], "eval_images": 12, "images": IMAGES,
         "mmdet": False,
     }  # fmt: skip
@@ -106,6 +106,16 @@ def test_losses_by_themselves_are_those_of_the_step(work, dtype):
     step, losses = (work("ours", task, dtype=dtype) for task in ("train-step", "losses"))
     assert losses.describe() == pytest.approx(step.describe(), rel=1e-6)
     assert losses.images == step.images == 2
+
+
+def test_losses_come_with_gradients_of_all_outputs(work, monkeypatch):
+    found, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: found.append(grad(*args)))
+    work("ours", "losses")
+    (gradients,) = found
+    assert len(gradients) == 12 and all(x.isfinite().all() for x in gradients)
+    for side in (gradients[:6], gradients[6:]):  # logits, offsets
+        assert any(x.any() for x in side)
 
 
 @pytest.mark.parametrize("name", ["ours", "torchvision"])
@@ -342,6 +352,12 @@ def test_cases_of_the_arguments():
     assert "torchvision fp32" not in names and "matmul bf16" in names
 
 
+def test_a_task_without_contenders_is_left_out(capsys):
+    args = benchmark.parse("--tasks losses --models tiny --contenders torchvision".split())
+    assert not list(benchmark.cases(args))
+    assert capsys.readouterr().err == "losses: none of --contenders takes part\n"
+
+
 def test_failing_process_is_told_not_waited_for():
     process = benchmark.Process(os._exit)  # the pipe's end is no exit code: TypeError
     assert process.ask() is None and "exit code 1" in process.error
@@ -354,6 +370,8 @@ def test_failing_process_is_told_not_waited_for():
         ("--dtypes fp16", "--dtypes fp16 needs --device cuda"),
         ("--models ssd301", "'ssd301' is neither one of"),
         ("--rounds 0", "--rounds must be at least 1"),
+        ("--batch-sizes 8 0", "--batch-sizes must be at least 1"),
+        ("--contenders mmdetection", "invalid choice: 'mmdetection'"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message, capsys):

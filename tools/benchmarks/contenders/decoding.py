@@ -1,4 +1,4 @@
-"""The limit of ``data``."""
+"""Reading the files and nothing else."""
 
 import cv2
 
@@ -8,7 +8,7 @@ from benchmarks.machine import Work
 
 
 class Decoding(Contender):
-    """The limit of ``data``: cv2.imread and nothing else.
+    """cv2.imread, the limit of ``data``.
 
     A program that only calls cv2.imread spends a third of the time or more on new memory; without
     that it is the limit.
@@ -22,8 +22,8 @@ class Decoding(Contender):
         records = read_records(self.folder)
         names = [record["file_name"] for record in records]
 
-        class Files:
+        class Pictures:
             def __getitem__(self, number):
                 return cv2.imread(names[number % len(names)])
 
-        return self.samples(Files(), lambda number, image: names[number % len(names)])
+        return self.samples(Pictures(), lambda number, image: names[number % len(names)])
