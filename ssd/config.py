@@ -273,6 +273,11 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
 
 def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     """As :func:`load_config`, but registers nothing, keeps the device, and isn't frozen."""
+    flags = [x for x in opts if str(x).startswith("--")]
+    if flags:
+        raise ValueError(f"{flags[0]} has to stand before the KEY VALUE pairs of the config")
+    if len(opts) % 2:
+        raise ValueError(f"config overrides are KEY VALUE pairs, got {list(map(str, opts))}")
     cfg = get_cfg()
     add_ssd_config(cfg)
     if config_file:

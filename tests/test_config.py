@@ -103,6 +103,19 @@ def test_unknown_key_like_no_other():
     assert "did you mean" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SOLVER.MAX_ITER", "2", "--resume"], "--resume has to stand before the KEY VALUE pairs"),
+        (["SOLVER.MAX_ITER", "2", "--num-gpus", "2"], "--num-gpus has to stand before"),
+        (["SOLVER.MAX_ITER=5"], r"KEY VALUE pairs, got \['SOLVER.MAX_ITER=5'\]"),
+    ],
+)
+def test_options_that_are_no_pairs(opts, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(BASE, opts)
+
+
 def test_value_of_another_type_names_the_key():
     with pytest.raises(ValueError, match="NUM_CLASSES|MODEL.SSD"):
         load_config(BASE, ["MODEL.SSD.NUM_CLASSES", "many"])

@@ -334,7 +334,15 @@ def parse(argv: List[str]):
     for name in args.models:
         if name not in (*MODELS, "tiny") and not (labs / name / "config.yaml").is_file():
             parser.error(f"--models: {name!r} is neither one of {MODELS} nor a lab")
-    args.before = os.path.abspath(args.before) if args.before else ""
+    if args.before:
+        args.before = os.path.abspath(args.before)
+        if not os.path.isfile(os.path.join(args.before, "ssd", "__init__.py")):
+            parser.error(f"--before {args.before} is no checkout: ssd/ isn't there")
+    for path in filter(None, (args.json, args.profile)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            parser.error(f"the folder of {path} doesn't exist")
+    if args.workers < 0:
+        parser.error(f"--workers must be at least 0, got {args.workers}")
     return args
 
 

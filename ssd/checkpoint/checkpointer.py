@@ -98,6 +98,10 @@ class SSDCheckpointer(DetectionCheckpointer):
                 data["model"] = data.pop("ema")
             else:
                 logger.warning("There are no averaged weights (SOLVER.EMA) in %s", filename)
+        elif self._strict and isinstance(data, dict) and "ema" in data:
+            logger.warning(
+                "%s also holds averaged weights: SOLVER.EMA.ENABLED True takes those", filename
+            )
         return find_weights(data, filename)
 
     def _load_model(self, checkpoint: Dict[str, Any]):

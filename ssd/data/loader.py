@@ -139,6 +139,13 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
         dataset = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
+    except FileNotFoundError as error:
+        folder = os.environ.get("DETECTRON2_DATASETS", "not set, so datasets")
+        if "DETECTRON2_DATASETS" in str(error):
+            raise
+        raise FileNotFoundError(
+            f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error}; DETECTRON2_DATASETS is {folder!r}"
+        ) from None
     except AssertionError as error:  # no data set, or one of them has no image
         raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image: {error}") from None
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes

@@ -174,6 +174,16 @@ def test_a_mapper_of_ones_own_is_called(tiny_cfg):
         assert plain(a) == plain(b) and 0 <= a["drawn"] < 1
 
 
+def test_missing_annotations_name_the_data_set_and_its_folder(tiny_cfg, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/elsewhere")
+    sets = ["DATASETS.TRAIN", ("coco_2014_train",), "DATASETS.TEST", ()]
+    cfg = tiny_cfg(*sets, "MODEL.SSD.NUM_CLASSES", 80)
+    with pytest.raises(FileNotFoundError) as error:
+        build_train_loader(cfg)
+    for part in ("coco_2014_train", "instances_train2014.json", "DETECTRON2_DATASETS is '/else"):
+        assert part in str(error.value)
+
+
 def test_a_failing_sample_restores_the_global_generators():
     def mapper(_):
         np.random.rand()

@@ -371,6 +371,9 @@ def test_failing_process_is_told_not_waited_for():
         ("--models ssd301", "'ssd301' is neither one of"),
         ("--rounds 0", "--rounds must be at least 1"),
         ("--batch-sizes 8 0", "--batch-sizes must be at least 1"),
+        ("--before /nowhere", "--before /nowhere is no checkout"),
+        ("--json /nowhere/a.json", "the folder of /nowhere/a.json doesn't exist"),
+        ("--workers -1", "--workers must be at least 0"),
         ("--contenders mmdetection", "invalid choice: 'mmdetection'"),
     ],
 )
