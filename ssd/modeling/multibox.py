@@ -143,7 +143,7 @@ def mine_hard_negatives(
     """
     positives = positive.sum(dim=1, keepdim=True)
     count = torch.where(positives > 0, (positives * ratio).long(), without_positives)
-    loss = loss.detach().abs().masked_fill(positive, -1.0)  # abs: a loss can be -0.0
+    loss = loss.detach().abs().masked_fill_(positive, -1.0)  # abs: a loss can be -0.0
     order = _hardest_first(loss, count)
     rank = torch.arange(order.shape[1], device=loss.device)
     hardest = torch.zeros_like(positive).scatter_(1, order, rank < count)

@@ -345,7 +345,7 @@ def test_cases_of_the_arguments():
     )
     assert list(losses.contenders) == ["ours bf16", "copy"]
     args = benchmark.parse(
-        "--tasks predict --dtypes fp32 bf16 --contenders ours --before .".split()
+        f"--tasks predict --dtypes fp32 bf16 --contenders ours --before {ROOT}".split()
     )
     names = list(next(iter(benchmark.cases(args))).contenders)
     assert names[:4] == ["ours fp32", "before fp32", "ours bf16", "before bf16"]

@@ -41,6 +41,10 @@ class Contender:
     def images(self) -> List[Tensor]:
         return photographs(self.folder, self.spec.batch_size)
 
+    def data(self) -> Work:
+        dataset = self.dataset()
+        return self.samples(dataset, lambda number, sample: dataset.file_name(number))
+
     def samples(self, dataset, file_name: Callable, count: int = 32) -> Work:
         """``count`` further samples of a data set at a time, asked for as torch's loaders do."""
         numbers, files = itertools.count(), []

@@ -45,10 +45,6 @@ class MMDetection(Contender):
             dataset = dataset.dataset
         return MMDetectionFiles(read_records(self.folder), Compose(dataset.pipeline))
 
-    def data(self) -> Work:
-        dataset = self.dataset()
-        return self.samples(dataset, lambda number, sample: dataset.file_name(number))
-
     def _step(self, batches) -> Work:
         model = self.model().train()
         optimizer, values = sgd(model), {}

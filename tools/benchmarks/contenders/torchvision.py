@@ -28,10 +28,6 @@ class Torchvision(Contender):
         preset = definition(self.spec.model).preset
         return TorchvisionFiles(read_records(self.folder), size, preset, backend)
 
-    def data(self) -> Work:
-        dataset = self.dataset()
-        return self.samples(dataset, lambda number, sample: dataset.file_name(number))
-
     def _step(self, batches) -> Work:
         model = self.model().train()
         optimizer, values = sgd(model), {}
