@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import weakref
+from fnmatch import fnmatchcase
 from typing import Callable, Dict, List
 
 import cv2
@@ -40,7 +41,7 @@ from ssd.data.datasets import check_class_count
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.data.mapper import SSDDatasetMapper, read_image
 from ssd.drawing import draw_instances
-from ssd.evaluation import build_evaluator
+from ssd.evaluation import METRICS, build_evaluator
 from ssd.hooks import (
     BestCheckpoint,
     EarlyStop,
@@ -356,11 +357,12 @@ def _check_best_metric(cfg) -> None:
             "TEST.EARLY_STOPPING.PATIENCE needs TEST.BEST_METRIC, e.g. bbox/AP50, and "
             f"TEST.EVAL_PERIOD > 0, got {cfg.TEST.BEST_METRIC!r} and {cfg.TEST.EVAL_PERIOD}"
         )
-    tasks = [{"coco": "bbox/", "voc": "voc/"}.get(name, "") for name in cfg.TEST.EVALUATORS]
-    if not any(task in cfg.TEST.BEST_METRIC for task in tasks):
+    known = [metric for name in cfg.TEST.EVALUATORS for metric in METRICS.get(name, ())]
+    # with several test sets as "<name>/bbox/AP"
+    if not any(fnmatchcase(f"/{cfg.TEST.BEST_METRIC}", f"*/{metric}") for metric in known):
         raise ValueError(
             f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r}: with TEST.EVALUATORS "
-            f"{list(cfg.TEST.EVALUATORS)} it contains one of {tasks}"
+            f"{list(cfg.TEST.EVALUATORS)} it is one of {known}"
         )
 
 

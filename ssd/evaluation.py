@@ -17,9 +17,15 @@ from pycocotools.cocoeval import COCOeval
 
 from ssd.data.datasets import read_voc, xyxy_boxes
 
-__all__ = ["BoxEval", "COCOBoxEvaluator", "VOCEvaluator", "build_evaluator"]
+__all__ = ["METRICS", "BoxEval", "COCOBoxEvaluator", "VOCEvaluator", "build_evaluator"]
 
 logger = logging.getLogger(__name__)
+
+# What each of TEST.EVALUATORS gives, * being a class.
+METRICS = {
+    "coco": [f"bbox/AP{name}" for name in ("", "50", "75", "s", "m", "l", "-*", "50-*")],
+    "voc": ["voc/mAP", "voc/mAP_11point", "voc/AP-*"],
+}
 
 _CELL_ELEMENTS = 2_000_000  # of an array in BoxEval: bounds its memory
 

@@ -54,13 +54,16 @@ def schedule_in_iterations(cfg, num_images: int):
         num_images: see :func:`epoch_length`.
 
     Raises:
-        ValueError: a number of epochs that isn't a multiple of REPEAT_DATASET, steps that don't
-            increase or lie behind the end, or another COSINE_STEP than "iteration" or "epoch".
+        ValueError: no iteration at all, a number of epochs that isn't a multiple of
+            REPEAT_DATASET, steps that don't increase or lie behind the end, or another COSINE_STEP
+            than "iteration" or "epoch".
     """
     solver = cfg.SOLVER
     if solver.COSINE_STEP not in ("iteration", "epoch"):
         raise ValueError(f"SOLVER.COSINE_STEP: 'iteration' or 'epoch', got {solver.COSINE_STEP!r}")
     if not solver.MAX_EPOCHS:
+        if solver.MAX_ITER < 1:
+            raise ValueError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
         if solver.STEPS_EPOCHS or solver.COSINE_STEP == "epoch":
             logger.warning(
                 "SOLVER.STEPS_EPOCHS and COSINE_STEP have no effect while SOLVER.MAX_EPOCHS is 0"

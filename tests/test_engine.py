@@ -161,16 +161,18 @@ def test_best_checkpoint_says_its_iteration_and_is_not_what_a_resume_takes(tiny_
         assert file.read() == "model_final.pth"  # though model_best.pth was saved after it
 
 
-def test_best_metric_of_an_evaluator_that_is_off_is_refused_at_once(tiny_cfg):
-    with pytest.raises(ValueError, match="TEST.BEST_METRIC 'voc/mAP'.*TEST.EVALUATORS.*'coco'"):
-        Trainer(tiny_cfg("TEST.BEST_METRIC", "voc/mAP"))
+@pytest.mark.parametrize("metric", ["voc/mAP", "bbox/AP51", "bbox/APx", "AP50", "xbbox/AP", "bbox"])
+def test_best_metric_that_no_evaluator_gives_is_refused_at_once(tiny_cfg, metric):
+    message = f"TEST.BEST_METRIC '{metric}'.*TEST.EVALUATORS.*'coco'.*'bbox/AP50'"
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_cfg("TEST.BEST_METRIC", metric))
 
 
 def test_best_metric_must_be_evaluated(tiny_cfg):
-    cfg = tiny_cfg("SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "bbox/AP51")
+    opts = ["TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "bbox/AP50-rung"]
     ScriptedTrainer.script = [1.0, 1.0]
-    with pytest.raises(ValueError, match="TEST.BEST_METRIC 'bbox/AP51'.*bbox/AP50"):
-        train(cfg, ScriptedTrainer)
+    with pytest.raises(ValueError, match="TEST.BEST_METRIC 'bbox/AP50-rung'.*bbox/AP50"):
+        train(tiny_cfg("SOLVER.MAX_ITER", 2, *opts), ScriptedTrainer)
 
 
 @pytest.mark.parametrize("reference, expected", [(0, 0.04), (16, 0.01), (2, 0.08)])

@@ -1,5 +1,6 @@
 import json
 import os
+from fnmatch import fnmatchcase
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from ssd import evaluation
 from ssd.config import add_ssd_config
 from ssd.data.datasets import register_datasets
-from ssd.evaluation import BoxEval, COCOBoxEvaluator, VOCEvaluator, build_evaluator
+from ssd.evaluation import METRICS, BoxEval, COCOBoxEvaluator, VOCEvaluator, build_evaluator
 
 NAME = "t_evaluation"
 
@@ -390,11 +391,15 @@ def test_build_evaluator(tmp_path):
     cfg = get_cfg()
     add_ssd_config(cfg)
     cfg.OUTPUT_DIR = str(tmp_path)
-    register([[(A, 0)]], ["cat"])
+    register([[(A, 0)]], ["cat", "dog"])
     cfg.TEST.EVALUATORS = ["coco", "voc"]
     results = detect(build_evaluator(cfg, NAME), [[(A, 0, 0.5)]])
     assert results["voc"]["mAP"] == pytest.approx(100)
     assert results["bbox"]["AP"] == pytest.approx(100)
+    found = [f"{task}/{key}" for task, values in results.items() for key in values]
+    known = [pattern for patterns in METRICS.values() for pattern in patterns]
+    assert all(any(fnmatchcase(name, pattern) for pattern in known) for name in found)
+    assert all(any(fnmatchcase(name, pattern) for name in found) for pattern in known)
     assert os.path.isfile(tmp_path / "inference" / NAME / "coco_instances_results.json")
     cfg.TEST.EVALUATORS = ["lvis"]
     with pytest.raises(ValueError, match="TEST.EVALUATORS names 'lvis'.*'coco', 'voc'"):

@@ -99,6 +99,7 @@ def test_without_epochs_the_config_stays(caplog):
     ({"MAX_EPOCHS": 120, "STEPS_EPOCHS": [120]}, r"increasing.*got \[120\] and 120"),
     ({"MAX_EPOCHS": 120, "STEPS_EPOCHS": [0]}, r"positive.*got \[0\]"),
     ({"MAX_EPOCHS": -1}, r"positive.* -1"),
+    ({"MAX_ITER": 0}, "SOLVER.MAX_ITER must be at least 1, got 0"),
     ({"MAX_EPOCHS": 120, "REPEAT_DATASET": 0}, "SOLVER.REPEAT_DATASET 0"),
     ({"COSINE_STEP": "step"}, "SOLVER.COSINE_STEP: 'iteration' or 'epoch', got 'step'"),
 ])  # fmt: skip

@@ -231,7 +231,7 @@ def run(args) -> Dict:
         needs_files = {"data", "train-loop"} & set(args.tasks)
         settings = {
             "folder": folder, "models": args.models, "tasks": args.tasks, "device": args.device,
-            "threads": args.threads, "dtypes": args.dtypes, "eval_images": args.eval_images,
+            "threads": args.threads, "opts": args.opts, "eval_images": args.eval_images,
             "images": args.images if needs_files else max(args.batch_sizes),
             "smooth_images": args.smooth_images,
             "mmdet": installed("mmdet"),

@@ -2,28 +2,23 @@
 """Draws a run's losses and evaluation results: plot_metrics.py OUTPUT/metrics.json PICTURE.png"""
 
 import argparse
-import json
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-
-def read_metrics(path: str) -> dict:
-    """{name: (iterations, values)}; of lines with the same iteration the last one counts."""
-    series = {}
-    with open(path) as file:
-        for line in file:
-            record = json.loads(line)
-            for name, value in record.items():
-                if name != "iteration":
-                    series.setdefault(name, {})[record["iteration"]] = value
-    return {name: tuple(zip(*sorted(points.items()))) for name, points in series.items()}
+from ssd.metrics import read_metrics  # noqa: E402
 
 
-def plot(series: dict, path: str) -> None:
+def plot(records: list, path: str) -> None:
     """Losses on the left, COCO's AP and AP50 over all classes and by class on the right."""
+    series = {}
+    for record in records:
+        for name, value in record.items():
+            series.setdefault(name, ([], []))
+            series[name][0].append(record["iteration"])
+            series[name][1].append(value)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name, style in (("loss_cls", "-"), ("loss_box_reg", "--")):
         if name in series:
@@ -46,4 +41,4 @@ if __name__ == "__main__":
     parser.add_argument("metrics", help="metrics.json of a run")
     parser.add_argument("picture", help="file to write, e.g. curve.png")
     arguments = parser.parse_args()
-    plot(read_metrics(arguments.metrics), arguments.picture)
+    plot(read_metrics(arguments.metrics)[0], arguments.picture)

@@ -135,18 +135,14 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
             f"{cfg.DATALOADER.SAMPLER_TRAIN!r}"
         )
     check_class_count(cfg)
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty; a lab's --config-file names its data sets")
     try:
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
-    except FileNotFoundError as error:
-        folder = os.environ.get("DETECTRON2_DATASETS", "not set, so datasets")
-        if "DETECTRON2_DATASETS" in str(error):
-            raise
-        raise FileNotFoundError(
-            f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error}; DETECTRON2_DATASETS is {folder!r}"
-        ) from None
-    except AssertionError as error:  # no data set, or one of them has no image
+        with _say_where(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}"):
+            dataset = get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            )
+    except AssertionError as error:  # one of them has no image
         raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image: {error}") from None
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
     defects = find_box_defects(dataset, classes)
@@ -174,13 +170,27 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
 
 def build_test_loader(cfg, dataset_name: str, mapper: Optional[Callable] = None):
     """Detectron2's test loader with our mapper, ``TEST.IMS_PER_BATCH`` images at a time."""
-    return build_detection_test_loader(
-        cfg,
-        dataset_name,
-        mapper=mapper or SSDDatasetMapper(cfg, False),
-        batch_size=cfg.TEST.IMS_PER_BATCH,
-        collate_fn=Batch,
-    )
+    with _say_where(f"DATASETS.TEST {dataset_name!r}"):
+        return build_detection_test_loader(
+            cfg,
+            dataset_name,
+            mapper=mapper or SSDDatasetMapper(cfg, False),
+            batch_size=cfg.TEST.IMS_PER_BATCH,
+            collate_fn=Batch,
+        )
+
+
+@contextlib.contextmanager
+def _say_where(what: str) -> Iterator[None]:
+    """Adds to a missing file's error which setting asked for it, and where it is looked for."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "DETECTRON2_DATASETS" in str(error):
+            raise
+        folder = os.environ.get("DETECTRON2_DATASETS", "not set, so datasets")
+        text = f"{what}: {error}; DETECTRON2_DATASETS is {folder!r}"
+        raise FileNotFoundError(text) from None
 
 
 class Batch(list):

@@ -174,14 +174,25 @@ def test_a_mapper_of_ones_own_is_called(tiny_cfg):
         assert plain(a) == plain(b) and 0 <= a["drawn"] < 1
 
 
-def test_missing_annotations_name_the_data_set_and_its_folder(tiny_cfg, monkeypatch):
+@pytest.mark.parametrize("key, name, build", [
+    ("TRAIN", "coco_2014_train", build_train_loader),
+    ("TEST", "coco_2014_val", lambda cfg: build_test_loader(cfg, *cfg.DATASETS.TEST)),
+])  # fmt: skip
+def test_missing_annotations_name_the_data_set_and_its_folder(
+    key, name, build, tiny_cfg, monkeypatch
+):
     monkeypatch.setenv("DETECTRON2_DATASETS", "/elsewhere")
-    sets = ["DATASETS.TRAIN", ("coco_2014_train",), "DATASETS.TEST", ()]
+    sets = ["DATASETS.TRAIN", (), "DATASETS.TEST", (), f"DATASETS.{key}", (name,)]
     cfg = tiny_cfg(*sets, "MODEL.SSD.NUM_CLASSES", 80)
     with pytest.raises(FileNotFoundError) as error:
-        build_train_loader(cfg)
-    for part in ("coco_2014_train", "instances_train2014.json", "DETECTRON2_DATASETS is '/else"):
-        assert part in str(error.value)
+        build(cfg)
+    parts = (f"DATASETS.{key}", name, "/annotations/instances_", "DETECTRON2_DATASETS is '/else")
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_training_without_a_data_set_names_the_config_file(tiny_cfg):
+    with pytest.raises(ValueError, match="DATASETS.TRAIN is empty.*--config-file"):
+        build_train_loader(tiny_cfg("DATASETS.TRAIN", ()))
 
 
 def test_a_failing_sample_restores_the_global_generators():

@@ -26,7 +26,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     settings = {
         "folder": str(folder), "models": ["tiny"], "tasks": ["losses", "data", "eval"],
-        "device": "cpu", "threads": 1, "dtypes": ["fp32"], "eval_images": 12, "images": IMAGES,
+        "device": "cpu", "threads": 1, "opts": [], "eval_images": 12, "images": IMAGES,
         "mmdet": False,
     }  # fmt: skip
     return folder, worker.prepare_files(settings)

@@ -29,7 +29,7 @@ def profile(args) -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         settings = {
             "folder": folder, "models": args.models[:1], "tasks": [task], "device": args.device,
-            "threads": args.threads, "dtypes": [], "eval_images": args.eval_images,
+            "threads": args.threads, "opts": args.opts, "eval_images": args.eval_images,
             "images": max(args.images if task in ("data", "train-loop") else 1, 1),
             "mmdet": False,
         }  # fmt: skip

@@ -120,6 +120,8 @@ def prepare_files(settings: Dict) -> Dict:
 
     folder, models = Path(settings["folder"]), settings["models"]
     tasks, device = settings["tasks"], settings["device"]
+    for name in models:
+        config(name, device, *settings["opts"])  # a wrong key shows before all is measured
     num_classes = {name: config(name, "cpu").MODEL.SSD.NUM_CLASSES for name in models}
     found = {"torch": torch.__version__, "torchvision": torchvision.__version__, "models": {}}
     if device == "cuda":

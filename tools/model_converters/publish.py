@@ -18,11 +18,12 @@ from typing import Any, Dict, Optional
 
 from ssd.checkpoint.checkpointer import write_atomically
 from ssd.checkpoint.convert import Detector, encode, read_ours, write_as
+from ssd.metrics import read_metrics
 
 HASH_DIGITS = 8  # as in PyTorch's and MMDetection's published names
 
 
-def read_metrics(path: str, iteration: Optional[int] = None) -> Dict[str, Any]:
+def last_evaluation(path: str, iteration: Optional[int] = None) -> Dict[str, Any]:
     """The last evaluation in Detectron2's ``metrics.json``: "iteration", "bbox/AP", …
 
     Args:
@@ -32,17 +33,11 @@ def read_metrics(path: str, iteration: Optional[int] = None) -> Dict[str, Any]:
         {} if there is none; None for values that aren't numbers, such as a missing class's AP.
     """
     found: Dict[str, Any] = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # where a run was killed
-            if not isinstance(record, dict) or not any("/" in name for name in record):
-                continue
-            # the last evaluation comes after the last step: one iteration later
-            if iteration is None or record.get("iteration", 0) <= iteration + 1:
-                found = {k: x for k, x in record.items() if "/" in k or k == "iteration"}
+    for record in read_metrics(path)[0]:
+        # the last evaluation comes after the last step: one iteration later
+        in_time = iteration is None or record["iteration"] <= iteration + 1
+        if in_time and any("/" in name for name in record):
+            found = {k: x for k, x in record.items() if "/" in k or k == "iteration"}
     return {k: None if isinstance(x, float) and math.isnan(x) else x for k, x in found.items()}
 
 
@@ -75,7 +70,7 @@ def _metrics_of(detector: Detector, given: Optional[str], beside: str) -> Dict[s
         print(f"No metrics: those in {path} are of the averaged weights (--ema)")
         return {}
     iteration = detector.rest.get("iteration")
-    values = read_metrics(path, iteration if isinstance(iteration, int) else None)
+    values = last_evaluation(path, iteration if isinstance(iteration, int) else None)
     if not values:
         print(f"No metrics: {path} has no evaluation of these weights")
     return values

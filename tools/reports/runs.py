@@ -19,6 +19,7 @@ from reports.analysis import Boxes, Calibration, Mistakes, OperatingPoint, Overl
 from ssd.config import read_config
 from ssd.data.datasets import register_datasets
 from ssd.evaluation import BoxEval
+from ssd.metrics import read_metrics
 
 RESULTS = "coco_instances_results.json"
 
@@ -103,29 +104,22 @@ def read_run(folder: str, threshold: Optional[float] = None) -> Run:
 
 
 def _read_metrics(path: str, notes: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of lines with the same iteration (a resumed run) the last one counts; a line that is cut off
-    (a killed run) is left out. Values that aren't finite are, too."""
-    series, broken, not_finite = {}, 0, set()
+    """By name; without values that aren't finite."""
+    series, not_finite = {}, set()
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.readlines()
+        records, broken = read_metrics(path)
     except OSError:
         notes.append(f"{path} is missing, so there are no training curves.")
         return {}
-    for line in filter(str.strip, lines):
-        try:
-            record = json.loads(line)
-            iteration = record.pop("iteration")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            broken += 1
-            continue
+    for record in records:
+        iteration = record.pop("iteration")
         for name, value in record.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 series.setdefault(name, {})[iteration] = value
             elif "loss" in name:
                 not_finite.add(name)
     if broken:
-        notes.append(f"{path}: {broken} of {len(lines)} lines can't be read and are left out.")
+        notes.append(f"{path}: lines that can't be read and are left out: {broken}.")
     if not_finite:
         notes.append(f"{path}: {', '.join(sorted(not_finite))} isn't always finite.")
     return {
