@@ -35,6 +35,7 @@ from torch import nn
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.checkpointer import write_atomically
 from ssd.config import load_config
 from ssd.data.augmentations import build_augmentation
 from ssd.data.datasets import check_class_count
@@ -123,7 +124,9 @@ def _join_torchrun() -> None:
 def setup(args):
     """The config of the command line's arguments; logs it and the environment.
 
-    ``MODEL.WEIGHTS zoo://NAME`` without ``--config-file`` brings the config of these weights.
+    Writes it to OUTPUT_DIR/config.yaml, but for an evaluation in a training's folder, whose file
+    stays. ``MODEL.WEIGHTS zoo://NAME`` without ``--config-file`` brings the config of these
+    weights.
 
     Raises:
         OSError: ``OUTPUT_DIR`` can't be written.
@@ -138,7 +141,14 @@ def setup(args):
         cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
-    default_setup(cfg, args)
+    path, training = (os.path.join(cfg.OUTPUT_DIR, x) for x in ("config.yaml", "last_checkpoint"))
+    kept = b""
+    if args.eval_only and os.path.isfile(path) and os.path.isfile(training):
+        with open(path, "rb") as file:
+            kept = file.read()
+    default_setup(cfg, args)  # writes config.yaml
+    if kept and comm.is_main_process():
+        write_atomically(path, lambda file: file.write(kept))
     return cfg
 
 

@@ -244,6 +244,19 @@ def test_weights_of_the_zoo_bring_their_config(tmp_path):
     assert cfg.TEST.DETECTIONS_PER_IMAGE == 7, "the command line's own win"
 
 
+@pytest.mark.parametrize("flags, training, kept", [
+    (["--eval-only"], True, True), (["--eval-only"], False, False), ([], True, False),
+])  # fmt: skip
+def test_an_evaluation_keeps_the_config_of_a_training(flags, training, kept, repo, tmp_path):
+    (tmp_path / "config.yaml").write_text("of a run: before\n")
+    if training:
+        (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    lab = str(repo / "labs" / "quickstart" / "config.yaml")
+    setup(argument_parser().parse_args([*flags, "--config-file", lab, "OUTPUT_DIR", str(tmp_path)]))
+    assert ((tmp_path / "config.yaml").read_text() == "of a run: before\n") == kept
+    assert "MAX_ITER" in (tmp_path / "log.txt").read_text()  # the evaluation's
+
+
 def test_several_machines_need_an_address():
     args = argument_parser().parse_args(["--num-machines", "2"])
     with pytest.raises(ValueError, match="--dist-url"):
