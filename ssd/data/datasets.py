@@ -145,11 +145,19 @@ def find_box_defects(dataset_dicts: Sequence[dict], class_names: Sequence[str] =
     Returns:
         a line for each box that isn't finite, has zero or negative width or height, or lies
         outside its image: "FILE: object 3 (RBC) has zero width: [5.0, 5.0, 5.0, 9.0]" (XYXY).
+
+    Raises:
+        ValueError: for a ``bbox`` that isn't four numbers, with its file.
     """
     lines = []
     for record in dataset_dicts:
         annotations = record.get("annotations", [])
-        for index, box in enumerate(xyxy_boxes(annotations).tolist()):
+        try:
+            boxes = xyxy_boxes(annotations).tolist()
+        except (KeyError, TypeError, ValueError) as error:
+            text = f"{record['file_name']}: an object's box can't be read: {error!r}"
+            raise ValueError(f"{text}; tools/doctor.py lists what is wrong") from None
+        for index, box in enumerate(boxes):
             defect = _box_defect(box, record)
             if defect:
                 label = annotations[index]["category_id"]
@@ -471,7 +479,8 @@ def _coco(name: str, entry: dict) -> tuple:
             metadata.__dict__.pop(known, None)  # load_coco_json sets the file's own
         try:
             records = load_coco_json(json_file, images, name)
-        except (KeyError, ValueError) as error:  # which say what, but not in which file
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            # which say what, but not in which file
             text = str(error.args[0]).rstrip(".")
             raise ValueError(
                 f"{json_file} ({key}.ANNOTATIONS): {type(error).__name__}: {text}; "

@@ -144,6 +144,16 @@ def test_voc_box_defects_are_dropped_and_logged(tmp_path, caplog):
     assert find_box_defects(records) == []
 
 
+@pytest.mark.parametrize("box, text", [
+    ({"bbox": "1,2"}, "could not convert"), ({"bbox": [1, 2, 3]}, "size 3"), ({}, "KeyError"),
+])  # fmt: skip
+def test_a_box_that_cannot_be_read_names_its_file(box, text):
+    annotations = [{"category_id": 0, "bbox_mode": BoxMode.XYWH_ABS, **box}]
+    records = [{"file_name": "a.jpg", "width": 9, "height": 9, "annotations": annotations}]
+    with pytest.raises(ValueError, match=f"^a.jpg: an object's box .*{text}.*tools/doctor.py"):
+        find_box_defects(records)
+
+
 def test_voc_errors(tmp_path):
     root = tmp_path / "v"
     key = "DATASETS.REGISTER.t_voc"
@@ -404,6 +414,8 @@ def test_coco_errors(tmp_path):
         (content.replace('"category_id": 7', '"category_id": 9'), "KeyError: .*category_id=9"),
         (content.replace('"height"', '"h"'), "KeyError: height"),
         (content[:-5], "JSONDecodeError: "),
+        (f"[{content}]", "AssertionError: .*'list'"),
+        (content.replace('"annotations": [', '"annotations": [null, '), "TypeError: "),
     ):
         path.write_text(broken)
         with pytest.raises(ValueError, match=f"train.json .*t_coco.ANNOTATIONS.: {text}.*doctor"):

@@ -230,7 +230,8 @@ def test_class_count_and_misspelt_keys(lab):
     [
         ({"image_id": 99}, "WARNING", "1 annotations of unknown images", "annotation 1"),
         ({"category_id": 9}, "ERROR", "1 annotations of unknown categories", "category 9"),
-        ({"bbox": []}, "ERROR", "1 annotations without bbox", "000000.jpg: annotation 1"),
+        ({"bbox": []}, "ERROR", "1 annotations without a bbox", "000000.jpg: annotation 1"),
+        ({"bbox": None}, "ERROR", "1 annotations without a bbox", "000000.jpg: annotation 1"),
         ({"id": 2}, "ERROR", "1 annotations with the id of another", "annotation 2"),
         ({"ignore": 1}, "ERROR", "1 annotations with ignore: 1", "annotation 1"),
         ({"segmentation": [[1, 2]]}, "WARNING", "1 annotations whose segmentation", "annotation 1"),
@@ -251,8 +252,11 @@ def test_broken_coco_images_and_files(lab):
     text = lab.check()
     assert "000000.jpg" in finding(text, "1 images without height or width")[1]
     assert "000002.jpg: id 3" in finding(text, "1 images with the id of another")[1]
-    lab.train = []
-    assert finding(lab.check(), "train.json is no COCO file")[0] == "ERROR"
+    for broken in ([], {**lab.train, "annotations": None}, {**lab.train, "images": ["a.jpg"]}):
+        lab.train = broken
+        text = lab.check()
+        assert finding(text, "train.json is no COCO file")[0] == "ERROR"
+        assert text.count("Training stops with this error") == 1 and "NUM_CLASSES" not in text
 
 
 def test_fix_loads_and_is_sound(lab, monkeypatch):

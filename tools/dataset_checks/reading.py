@@ -111,8 +111,11 @@ def read_coco(
         with open(json_file, encoding="utf-8") as f:
             data = json.load(f)
         images, categories = data["images"], data["categories"]
-        names = {c["id"]: c["name"] for c in categories}
         annotations = data.get("annotations", [])
+        for part in (images, categories, annotations):
+            if not (isinstance(part, list) and all(isinstance(x, dict) for x in part)):
+                raise TypeError(f"expected a list of objects, got {str(part)[:80]}")
+        names = {c["id"]: c["name"] for c in categories}
     except (ValueError, KeyError, TypeError) as error:
         text = f"{json_file} is no COCO file: {type(error).__name__}: {error}"
         return [], [], [Finding("ERROR", text, advice="It needs images, annotations, categories.")]
@@ -144,8 +147,11 @@ def read_coco(
         if category not in names:
             problems["annotations of unknown categories"].append(f"{place}, category {category}")
             continue
-        if not (isinstance(box, list) and len(box) == 4):
-            problems["annotations without bbox"].append(place)
+        numbers = (int, float, type(None))
+        if not (
+            isinstance(box, list) and len(box) == 4 and all(isinstance(v, numbers) for v in box)
+        ):
+            problems["annotations without a bbox of four numbers"].append(place)
             continue
         if annotation.get("id") in seen:
             problems["annotations with the id of another"].append(place)
