@@ -17,8 +17,8 @@ setup(
     python_requires=">=3.10",
     # Ranges that whichever torch is there satisfies, so that pip never brings a second one.
     install_requires=[
-        "torch>=2.0",
-        "torchvision>=0.15",
+        "torch>=2.3",
+        "torchvision>=0.18",
         "numpy",
         "fvcore>=0.1.5",
         "pycocotools>=2.0.2",

@@ -3,7 +3,6 @@
 The step itself is :mod:`ssd.training_step`, what happens beside it :mod:`ssd.hooks`.
 """
 
-import inspect
 import logging
 import os
 import signal
@@ -223,8 +222,7 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg, model):
         """Detectron2's SGD, on GPUs as one kernel for all parameters."""
         optimizer = super().build_optimizer(cfg, model)
-        has_fused = "fused" in inspect.signature(torch.optim.SGD).parameters  # torch >= 2.3
-        if next(model.parameters()).device.type != "cuda" or not has_fused:
+        if next(model.parameters()).device.type != "cuda":
             return optimizer
         groups = [
             {k: x for k, x in group.items() if k not in ("foreach", "fused")}

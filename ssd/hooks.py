@@ -42,8 +42,7 @@ class WeightAverage(HookBase):
 
     BatchNorm's running statistics are averaged like the weights: those of the last few batches
     belong to the last weights, not to weights averaged over thousands of iterations. Counters are
-    copied. (torch's AveragedModel averages lists of tensors only from torch 2.1 on, and reads its
-    counter on the device.)
+    copied. (torch's AveragedModel reads its counter on the device at every update.)
 
     Attributes:
         model: the averaged model, in evaluation mode; valid once the training has begun.

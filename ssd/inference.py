@@ -86,7 +86,7 @@ class CudaGraph:
             stream = torch.cuda.current_stream()
             try:
                 self._graphs[key] = self._record(args)
-            except (RuntimeError, TypeError) as error:  # the latter: torch before 2.1
+            except RuntimeError as error:
                 torch.cuda.set_stream(stream)  # not the recording one
                 logger.warning("TEST.CUDA_GRAPH isn't used for %s: %s", key, error)
                 self._graphs[key] = None
@@ -167,9 +167,6 @@ def compile_network(model: SSD, options=None) -> None:
 
     What can't be compiled runs as it is, and torch's log says why.
     """
-    if not hasattr(nn.Module, "compile"):
-        logger.warning("MODEL.COMPILE needs torch >= 2.2, this is %s: not used", torch.__version__)
-        return
     from torch import _dynamo  # takes seconds
 
     _dynamo.config.suppress_errors = True

@@ -36,8 +36,7 @@ class TrainingStep(SimpleTrainer):
         if amp_dtype == "float16" and self.device != "cuda":
             raise ValueError(f"SOLVER.AMP.DTYPE float16 needs CUDA, MODEL.DEVICE is {self.device}")
         self.amp_dtype = getattr(torch, amp_dtype) if amp_dtype else None
-        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # before torch 2.3
-        self.grad_scaler = scaler(enabled=amp_dtype == "float16")
+        self.grad_scaler = torch.amp.GradScaler(enabled=amp_dtype == "float16")
         self._late = late
         self._unreported = None
         self.batch: List[Dict] = []  # of the last step

@@ -10,6 +10,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from ssd.config import load_config  # noqa: E402
 from ssd.data.shapes import render_shapes  # noqa: E402
@@ -55,6 +56,17 @@ def fresh_loggers():
         logger.handlers.clear()
         logger.propagate = True
     setup_logger.cache_clear()
+
+
+@pytest.fixture
+def fake_gpu():
+    """A context whose tensors on "cuda" have no numbers: what would have to read one raises."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, 3, device="cuda")[..., :-1]
+    except (AssertionError, RuntimeError):  # a torch without CUDA, or before 2.6 without a GPU
+        pytest.skip("this torch can't imitate a GPU")
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @pytest.fixture(scope="session")

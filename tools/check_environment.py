@@ -63,11 +63,11 @@ def check_torch():
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         found = "none" if missing else "one that fails with %s" % first_line(error)
-        yield problem("torch", found, "2.0 or newer", PIP + " torch torchvision")
+        yield problem("torch", found, "2.3 or newer", PIP + " torch torchvision")
         return
-    if major < 2:
+    if (major, minor) < (2, 3):
         mend = PIP + " --upgrade torch torchvision"
-        yield problem("torch", torch.__version__, "2.0 or newer", mend)
+        yield problem("torch", torch.__version__, "2.3 or newer", mend)
         return
     # torch 2.0 came with torchvision 0.15, and both have counted up together since.
     wanted = "0.%d" % (minor + 15) if major == 2 else "the release for it"

@@ -21,9 +21,6 @@ __all__ = [
 ]
 
 
-_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # torch 2.0: none
-
-
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoUs (…, M, R) of boxes (…, M, 4) with boxes (…, R, 4), NaN for two without area.
 
@@ -152,7 +149,7 @@ def mine_hard_negatives(
 
 def _hardest_first(loss: Tensor, count: Tensor) -> Tensor:
     """(N, C) indices by falling loss, of equal losses by place; each row's ``count`` at least."""
-    if loss.device.type != "cpu" or loss.dtype != torch.float32 or _is_compiling():
+    if loss.device.type != "cpu" or loss.dtype != torch.float32 or torch.compiler.is_compiling():
         # the count would have to be waited for, or a compiled function would end here
         return loss.argsort(dim=1, descending=True, stable=True)
     # topk keeps no order of equals; no two keys are equal: a float's bits, and below them its place

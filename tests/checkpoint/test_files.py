@@ -186,7 +186,8 @@ def test_zip_files_that_lie(read, refusal):
     more = (24).to_bytes(1, "little"), (10**9).to_bytes(4, "little")
     forged = rezipped(lambda name, x: x.replace(b"K" + more[0] + b"t", b"J" + more[1] + b"t"))
     assert forged != rezipped()
-    refusal(forged)
+    if torch.__version__ >= "2.6":  # before, torch doesn't look at what it claims
+        refusal(forged)
     other = io.BytesIO()
     np.savez(other, a=np.zeros(3))
     assert "zip archive of something else" in refusal(other.getvalue())

@@ -49,6 +49,11 @@ def assert_same_distribution(ours, theirs):
         assert np.abs(shares[0] - shares[1]).max() < bound
 
 
+def drawn_by(transform, inputs):
+    """What a transform of torchvision draws; before 0.21 its method was private."""
+    return (getattr(transform, "make_params", None) or transform._get_params)(inputs)
+
+
 def torchvision_input(boxes=CROWD):
     image = tv_tensors.Image(torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8))
     size = (HEIGHT, WIDTH)
@@ -113,7 +118,7 @@ def test_photometric_draws_match_torchvision():
         swapped = t.channel_order != (0, 1, 2)
         ours.append((t.brightness, t.contrast, t.saturation, t.hue / 180, swapped))
         ours[-1] += (t.contrast != 1 and t.contrast_first,)
-        p = reference.make_params(inputs)
+        p = drawn_by(reference, inputs)
         order = p["channel_permutation"]
         swapped = order is not None and order.tolist() != [0, 1, 2]
         factors = [p[k] or 1 for k in ("brightness_factor", "contrast_factor", "saturation_factor")]
@@ -133,7 +138,7 @@ def test_expand_matches_torchvision():
         x0, y0, x1, y1 = transform.region
         assert transform.output_size == (y1 - y0, x1 - x0)
         ours.append((-x0, -y0, x1 - WIDTH, y1 - HEIGHT))
-        theirs.append(zoom_out.make_params(torchvision_input())["padding"])
+        theirs.append(drawn_by(zoom_out, torchvision_input())["padding"])
     ours, theirs = np.array(ours), np.array(theirs)
     assert ours.min() == 0
     assert_same_distribution(ours, theirs)
@@ -174,7 +179,7 @@ def test_crop_matches_torchvision(min_ious):
     ours = draw_crops(augmentation, boxes, count)
     theirs = []
     for _ in range(count):
-        p = reference.make_params(inputs)
+        p = drawn_by(reference, inputs)
         left_top = [p["left"], p["top"]] if p else None
         theirs.append(p and np.array([*left_top, p["left"] + p["width"], p["top"] + p["height"]]))
     rows = []

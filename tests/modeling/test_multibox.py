@@ -6,7 +6,6 @@ import pytest
 import torch
 import torchvision
 
-from ssd.modeling import multibox
 from ssd.modeling.multibox import (
     box_iou,
     encode_boxes,
@@ -177,7 +176,7 @@ def test_matching_equals_a_slow_loop(best, slow, num_boxes, num_gt):
 @pytest.fixture(params=["topk", "sort"])
 def mine(request, monkeypatch):
     """Mining as on CPUs, and as in a compiled function or on another device."""
-    monkeypatch.setattr(multibox, "_is_compiling", lambda: request.param == "sort")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "sort")
     return mine_hard_negatives
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from ssd.modeling.postprocessing import (
     _nms_per_class,
@@ -394,10 +394,8 @@ def test_first_detections_compute_in_float32():
     assert len(found) == len(expected) == 6 and all(map(torch.equal, found, expected))
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
-def test_first_detections_on_a_gpu_never_wait_for_it():
-    """Tensors of a GPU without their numbers: what would have to read one raises."""
-    with FakeTensorMode():
+def test_first_detections_on_a_gpu_never_wait_for_it(fake_gpu):
+    with fake_gpu:
         logits, deltas, boxes = (
             torch.empty(shape, device="cuda") for shape in [(3, 30, 5), (3, 30, 4), (30, 4)]
         )

@@ -11,7 +11,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -364,17 +364,15 @@ def test_batch_norm_keys_reach_every_layer():
     assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
 @pytest.mark.parametrize("base", ["ssd300_vgg16", "ssdlite_mobilenetv2"])
 @pytest.mark.parametrize("best", ["argmax", "bipartite"])
 @pytest.mark.parametrize("normalizer", ["image", "batch", "each"])
-def test_losses_on_a_gpu_never_wait_for_it(base, best, normalizer, monkeypatch):
-    """Tensors of a GPU without their numbers: what would have to read one raises."""
+def test_losses_on_a_gpu_never_wait_for_it(base, best, normalizer, fake_gpu, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is none without a GPU
     opts = ("MODEL.SSD.MATCHING.BEST", best, "MODEL.SSD.LOSS.NORMALIZER", normalizer)
     model = make_model(*opts, base=base)
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_gpu:
         state = {name: torch.empty_like(x, device="cuda") for name, x in tensors}
         inputs = [{**x, "image": torch.empty_like(x["image"], device="cuda")} for x in batch()]
         losses = torch.func.functional_call(model, state, (inputs,))

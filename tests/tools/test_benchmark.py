@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -133,6 +134,8 @@ def test_options_reach_our_config(work):
     "name", ["ours", "torchvision (PIL)", "torchvision (tensors)", "cv2.imread (memory reused)"]
 )
 def test_data_reads_every_file_before_one_again(work, prepared, monkeypatch, name):
+    if name == "torchvision (PIL)" and torch.__version__ < "2.5" and np.__version__ >= "2":
+        pytest.skip("this torchvision's hue of PIL images fails with NumPy 2")
     data = work(name, "data")  # 32 samples
     found = data.describe()
     assert found == {"files_read": 32, "distinct_files": IMAGES}

@@ -239,7 +239,7 @@ def test_check_is_content_with_a_complete_environment(tmp_path):
 @pytest.mark.parametrize(
     "module, text, expected",
     [
-        ("torch.py", "__version__ = '1.13.1'", "torch: found 1.13.1; expected 2.0 or newer"),
+        ("torch.py", "__version__ = '2.2.1'", "torch: found 2.2.1; expected 2.3 or newer"),
         ("torch.py", "raise OSError('libx.so')", "torch: found one that fails with OSError: libx"),
         (
             "torchvision/ops.py",

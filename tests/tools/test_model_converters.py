@@ -216,6 +216,7 @@ def test_convert_of_published_weights(tmp_path, convert, capsys, monkeypatch, ol
 # --- upgrade_ssd_version.py -------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="numpy's numbers beside the weights")
 def test_upgrade_keeps_what_else_is_in_the_file(
     tmp_path, upgrade, old_state, new_state, caplog, assert_equal
 ):
