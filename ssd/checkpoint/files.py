@@ -153,13 +153,14 @@ def _read(path: str, size: int) -> Any:
     with open(path, "rb") as file:
         content = file.read()
     if _TORCH_MAGIC in head[:32]:
-        return _torch_load(io.BytesIO(content))  # for a path torch would try an older format, tar
+        return _torch_load(io.BytesIO(content))
     if head[:1] in (b"\x80", b"(", b"}", b"]", b"c"):
         return _read_pickle(content)
     return _read_caffe(content)
 
 
 def _torch_load(file) -> Any:
+    # not a path: torch would look at its ending, and try an older format, tar
     safe_globals = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
     with safe_globals(list(_ALLOWED.values())):
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -178,7 +179,8 @@ def _read_zip(path: str, size: int) -> Any:
         raise ValueError("a zip archive of something else; if it holds the weights, unpack it")
     if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its contents claim to be larger than the file")
-    return _torch_load(path)
+    with open(path, "rb") as file:
+        return _torch_load(file)
 
 
 def _read_safetensors(path: str) -> Dict[str, Any]:
