@@ -394,14 +394,19 @@ def test_first_detections_compute_in_float32():
     assert len(found) == len(expected) == 6 and all(map(torch.equal, found, expected))
 
 
-def test_first_detections_on_a_gpu_never_wait_for_it(fake_gpu):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_first_detections_on_a_gpu_never_wait_for_it(compiled, fake_gpu):
+    """And compile as one graph."""
+    find = first_detections
+    if compiled:
+        find = torch.compile(find, backend="eager", fullgraph=True)
     with fake_gpu:
         logits, deltas, boxes = (
             torch.empty(shape, device="cuda") for shape in [(3, 30, 5), (3, 30, 4), (30, 4)]
         )
         group = torch.empty(1, 4, dtype=torch.int64, device="cuda")
         weights, output = torch.empty(4, device="cuda"), torch.empty(3, 4, device="cuda")
-        result = first_detections(
+        result = find(
             logits.bfloat16(), deltas.bfloat16(), boxes, SIZE, output, score_function="softmax",
             group=group, num_groups=4, score_thresh=0.02, topk_candidates=10, nms_thresh=0.45,
             detections_per_image=20, bbox_reg_weights=weights, bbox_reg_clamp="both",
