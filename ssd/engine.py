@@ -3,13 +3,14 @@
 The step itself is :mod:`ssd.training_step`, what happens beside it :mod:`ssd.hooks`.
 """
 
+import contextlib
+import difflib
 import logging
 import os
 import signal
 import time
 import weakref
-from fnmatch import fnmatchcase
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Optional
 
 import cv2
 import torch
@@ -41,7 +42,7 @@ from ssd.data.datasets import check_class_count
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.data.mapper import SSDDatasetMapper, read_image
 from ssd.drawing import draw_instances
-from ssd.evaluation import METRICS, build_evaluator
+from ssd.evaluation import build_evaluator, metric_names
 from ssd.hooks import (
     BestCheckpoint,
     EarlyStop,
@@ -53,7 +54,9 @@ from ssd.hooks import (
     validation_losses,
 )
 from ssd.inference import compile_network, optimize
+from ssd.metrics import START
 from ssd.solver import build_lr_scheduler, schedule_in_iterations
+from ssd.summary import holds_training
 from ssd.test_time_augmentation import SSDWithTTA
 from ssd.training_step import TrainingStep
 
@@ -123,9 +126,8 @@ def _join_torchrun() -> None:
 def setup(args):
     """The config of the command line's arguments; logs it and the environment.
 
-    Writes it to OUTPUT_DIR/config.yaml, but for an evaluation in a training's folder, whose file
-    stays. ``MODEL.WEIGHTS zoo://NAME`` without ``--config-file`` brings the config of these
-    weights.
+    Writes it to OUTPUT_DIR/config.yaml, where an evaluation leaves that of a training alone.
+    ``MODEL.WEIGHTS zoo://NAME`` without ``--config-file`` brings the config of these weights.
 
     Raises:
         OSError: ``OUTPUT_DIR`` can't be written.
@@ -140,14 +142,14 @@ def setup(args):
         cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
-    path, training = (os.path.join(cfg.OUTPUT_DIR, x) for x in ("config.yaml", "last_checkpoint"))
-    kept = b""
-    if args.eval_only and os.path.isfile(path) and os.path.isfile(training):
-        with open(path, "rb") as file:
+    path, kept = os.path.join(cfg.OUTPUT_DIR, "config.yaml"), b""
+    if args.eval_only and comm.is_main_process() and holds_training(cfg.OUTPUT_DIR):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             kept = file.read()
     default_setup(cfg, args)  # writes config.yaml
-    if kept and comm.is_main_process():
+    if kept:
         write_atomically(path, lambda file: file.write(kept))
+        logger.info("%s is again that of the training; this evaluation's is above", path)
     return cfg
 
 
@@ -178,6 +180,8 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         cfg = _scale_learning_rate(cfg)
         data_loader = self.build_train_loader(cfg)
+        for name in cfg.DATASETS.TEST:
+            self.build_test_loader(cfg, name)  # what is missing shows before the training
         cfg = schedule_in_iterations(cfg, data_loader.dataset.num_images)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -212,6 +216,11 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self._trainer.data_loader.sampler.start_iter = self.start_iter
+
+    def before_train(self) -> None:
+        # before all else, for ssd.metrics
+        self.storage.put_scalar(START, self.start_iter, smoothing_hint=False)
+        super().before_train()
 
     def after_train(self) -> None:
         if self.iter >= self.max_iter:  # not after a failure
@@ -276,8 +285,10 @@ class Trainer(DefaultTrainer):
             metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
             ret.append(TrainingPictures(cfg.VIS_PERIOD, model, metadata))
         best = None
+        own = type(self).build_evaluator.__func__ is not Trainer.build_evaluator.__func__
+        known = None if own else metric_names(cfg)
         if test.BEST_METRIC or test.EARLY_STOPPING.PATIENCE:
-            _check_best_metric(cfg)
+            _check_best_metric(cfg, known)
             if comm.is_main_process():
                 best = BestCheckpoint(test.EVAL_PERIOD, self.checkpointer, test.BEST_METRIC)
                 ret.append(best)
@@ -359,18 +370,19 @@ def _single(results: Dict) -> Dict:
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def _check_best_metric(cfg) -> None:
-    if cfg.TEST.EARLY_STOPPING.PATIENCE and not (cfg.TEST.BEST_METRIC and cfg.TEST.EVAL_PERIOD):
+def _check_best_metric(cfg, known: Optional[List[str]]) -> None:
+    """``known``: what is evaluated, or None if the evaluators aren't ours."""
+    test = cfg.TEST
+    if test.EARLY_STOPPING.PATIENCE and not (test.BEST_METRIC and test.EVAL_PERIOD):
         raise ValueError(
             "TEST.EARLY_STOPPING.PATIENCE needs TEST.BEST_METRIC, e.g. bbox/AP50, and "
-            f"TEST.EVAL_PERIOD > 0, got {cfg.TEST.BEST_METRIC!r} and {cfg.TEST.EVAL_PERIOD}"
+            f"TEST.EVAL_PERIOD > 0, got {test.BEST_METRIC!r} and {test.EVAL_PERIOD}"
         )
-    known = [metric for name in cfg.TEST.EVALUATORS for metric in METRICS.get(name, ())]
-    # with several test sets as "<name>/bbox/AP"
-    if not any(fnmatchcase(f"/{cfg.TEST.BEST_METRIC}", f"*/{metric}") for metric in known):
+    if known is not None and test.BEST_METRIC not in known:
         raise ValueError(
-            f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r}: with TEST.EVALUATORS "
-            f"{list(cfg.TEST.EVALUATORS)} it is one of {known}"
+            f"TEST.BEST_METRIC {test.BEST_METRIC!r} is not what TEST.EVALUATORS "
+            f"{list(test.EVALUATORS)} give for DATASETS.TEST {list(cfg.DATASETS.TEST)}; there are "
+            f"{', '.join(difflib.get_close_matches(test.BEST_METRIC, known, 12, 0))}"
         )
 
 

@@ -17,15 +17,10 @@ from pycocotools.cocoeval import COCOeval
 
 from ssd.data.datasets import read_voc, xyxy_boxes
 
-__all__ = ["METRICS", "BoxEval", "COCOBoxEvaluator", "VOCEvaluator", "build_evaluator"]
+__all__ = ["BoxEval", "COCOBoxEvaluator", "VOCEvaluator", "build_evaluator", "metric_names"]
 
 logger = logging.getLogger(__name__)
 
-# What each of TEST.EVALUATORS gives, * being a class.
-METRICS = {
-    "coco": [f"bbox/AP{name}" for name in ("", "50", "75", "s", "m", "l", "-*", "50-*")],
-    "voc": ["voc/mAP", "voc/mAP_11point", "voc/AP-*"],
-}
 
 _CELL_ELEMENTS = 2_000_000  # of an array in BoxEval: bounds its memory
 
@@ -46,10 +41,39 @@ def build_evaluator(
         "coco": lambda: COCOBoxEvaluator(dataset_name, folder),
         "voc": lambda: VOCEvaluator(dataset_name),
     }
+    return DatasetEvaluators([known[name]() for name in _evaluators(cfg)])
+
+
+def metric_names(cfg: CfgNode) -> list[str]:
+    """What an evaluation of all test sets logs: "bbox/AP", …, with several "<data set>/bbox/AP".
+
+    The data sets' classes must be known, as after ``check_class_count``.
+
+    Raises:
+        ValueError: for an evaluator that doesn't exist.
+    """
+    names = []
+    for dataset_name in cfg.DATASETS.TEST:
+        prefix = f"{dataset_name}/" if len(cfg.DATASETS.TEST) > 1 else ""
+        classes = MetadataCatalog.get(dataset_name).thing_classes
+        known = {
+            "coco": [
+                *(f"bbox/AP{x}" for x in ("", "50", "75", "s", "m", "l")),
+                # Detectron2 leaves them out for a single class
+                *(f"bbox/AP-{x}" for x in classes if len(classes) > 1),
+                *(f"bbox/AP50-{x}" for x in classes),
+            ],
+            "voc": ["voc/mAP", "voc/mAP_11point", *(f"voc/AP-{x}" for x in classes)],
+        }
+        names += [prefix + name for evaluator in _evaluators(cfg) for name in known[evaluator]]
+    return names
+
+
+def _evaluators(cfg: CfgNode) -> list[str]:
     for name in cfg.TEST.EVALUATORS:
-        if name not in known:
-            raise ValueError(f"TEST.EVALUATORS names {name!r}; it may list {list(known)}")
-    return DatasetEvaluators([known[name]() for name in dict.fromkeys(cfg.TEST.EVALUATORS)])
+        if name not in ("coco", "voc"):
+            raise ValueError(f"TEST.EVALUATORS names {name!r}; it may list 'coco' and 'voc'")
+    return list(dict.fromkeys(cfg.TEST.EVALUATORS))
 
 
 class COCOBoxEvaluator(COCOEvaluator):

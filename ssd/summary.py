@@ -15,17 +15,21 @@ import torchvision
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-__all__ = ["write_summary"]
+__all__ = ["holds_training", "write_summary"]
 
 logger = logging.getLogger(__name__)
 
-_TRAINING = "# Training on"
+
+def holds_training(folder: str) -> bool:
+    """Whether OUTPUT_DIR is a training's, whose records an evaluation leaves alone."""
+    signs = [os.path.join(folder, name) for name in ("last_checkpoint", "metrics.json")]
+    return any(os.path.isfile(path) and os.path.getsize(path) for path in signs)
 
 
 def write_summary(cfg, results: Dict, trainer=None) -> Optional[str]:
     """Writes OUTPUT_DIR/README.md: model, data, command, schedule, time, machine, results.
 
-    An evaluation replaces the file of another evaluation, but never that of a training.
+    In a training's folder an evaluation writes nothing.
 
     Args:
         results: of ``Trainer.train`` or ``Trainer.test``, by task or by data set and task.
@@ -35,15 +39,13 @@ def write_summary(cfg, results: Dict, trainer=None) -> Optional[str]:
         the file's name, or None if it was left alone.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "README.md")
-    if trainer is None and os.path.isfile(path):
-        with open(path) as file:
-            if file.readline().startswith(_TRAINING):
-                return None
+    if trainer is None and holds_training(cfg.OUTPUT_DIR):
+        return None
     tests = ", ".join(_with_size(name) for name in cfg.DATASETS.TEST)
     facts = [("command", f"`{shlex.join(sys.argv)}`"), ("config", "config.yaml beside this file")]
     facts += [("model", _model(cfg))]
     if trainer:
-        title = f"{_TRAINING} {', '.join(cfg.DATASETS.TRAIN)}"
+        title = f"# Training on {', '.join(cfg.DATASETS.TRAIN)}"
         facts += _training(trainer)
     else:
         title = f"# Evaluation on {', '.join(cfg.DATASETS.TEST)}"

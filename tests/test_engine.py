@@ -1,10 +1,12 @@
 import json
 import logging
 import os
+import re
 import shutil
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -169,18 +171,41 @@ def test_best_checkpoint_says_its_iteration_and_is_not_what_a_resume_takes(tiny_
         assert file.read() == "model_final.pth"  # though model_best.pth was saved after it
 
 
-@pytest.mark.parametrize("metric", ["voc/mAP", "bbox/AP51", "bbox/APx", "AP50", "xbbox/AP", "bbox"])
-def test_best_metric_that_no_evaluator_gives_is_refused_at_once(tiny_cfg, metric):
-    message = f"TEST.BEST_METRIC '{metric}'.*TEST.EVALUATORS.*'coco'.*'bbox/AP50'"
+@pytest.mark.parametrize("metric", ["voc/mAP", "bbox/AP51", "AP50", "bbox/AP-rung", "bbox/AP-*"])
+def test_best_metric_that_is_not_evaluated_is_refused_at_once(tiny_cfg, metric):
+    message = rf"TEST.BEST_METRIC '{re.escape(metric)}'.*EVALUATORS \['coco'\].*shapes_val.*bbox/AP"
     with pytest.raises(ValueError, match=message):
         Trainer(tiny_cfg("TEST.BEST_METRIC", metric))
 
 
-def test_best_metric_must_be_evaluated(tiny_cfg):
-    opts = ["TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "bbox/AP50-rung"]
-    ScriptedTrainer.script = [1.0, 1.0]
-    with pytest.raises(ValueError, match="TEST.BEST_METRIC 'bbox/AP50-rung'.*bbox/AP50"):
-        train(tiny_cfg("SOLVER.MAX_ITER", 2, *opts), ScriptedTrainer)
+def test_evaluators_that_do_not_exist_are_refused_at_once(tiny_cfg):
+    with pytest.raises(ValueError, match="TEST.EVALUATORS names 'lvis'"):
+        Trainer(tiny_cfg("TEST.EVALUATORS", ["lvis"]))
+
+
+def test_best_metric_of_an_evaluator_of_ones_own(tiny_cfg):
+    class OwnTrainer(ScriptedTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            raise AssertionError("the script evaluates")
+
+    opts = ["TEST.EVALUATORS", ["own"], "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2]
+    ScriptedTrainer.script = [1.0] * 4
+    train(tiny_cfg(*opts, "TEST.BEST_METRIC", "bbox/AP50"), OwnTrainer)
+    with pytest.raises(ValueError, match="TEST.BEST_METRIC 'own/F1' is not evaluated.*bbox/AP50"):
+        train(tiny_cfg(*opts, "TEST.BEST_METRIC", "own/F1"), OwnTrainer)
+
+
+def test_missing_test_data_show_before_the_training(tiny_cfg, repo, tmp_path, tiny_opts):
+    tiny_cfg()  # sets DETECTRON2_DATASETS
+    lab = tmp_path / "lab.yaml"
+    classes = list(MetadataCatalog.get("shapes_train").thing_classes)
+    entry = {"FORMAT": "coco", "ROOT": "r", "ANNOTATIONS": "a.json", "IMAGES": "i"}
+    sets = {"TEST": ["t_gone"], "REGISTER": {"t_gone": {**entry, "CLASSES": classes}}}
+    base = str(repo / "labs/quickstart/config.yaml")
+    lab.write_text(json.dumps({"_BASE_": base, "DATASETS": sets}))
+    with pytest.raises(FileNotFoundError, match="a.json.*t_gone.ANNOTATIONS"):
+        Trainer(load_config(str(lab), tiny_opts))
 
 
 @pytest.mark.parametrize("reference, expected", [(0, 0.04), (16, 0.01), (2, 0.08)])

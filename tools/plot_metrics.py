@@ -41,4 +41,7 @@ if __name__ == "__main__":
     parser.add_argument("metrics", help="metrics.json of a run")
     parser.add_argument("picture", help="file to write, e.g. curve.png")
     arguments = parser.parse_args()
-    plot(read_metrics(arguments.metrics)[0], arguments.picture)
+    records, _ = read_metrics(arguments.metrics)
+    if not records:
+        parser.error(f"{arguments.metrics} holds no metrics")
+    plot(records, arguments.picture)

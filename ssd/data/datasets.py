@@ -147,17 +147,17 @@ def find_box_defects(dataset_dicts: Sequence[dict], class_names: Sequence[str] =
         outside its image: "FILE: object 3 (RBC) has zero width: [5.0, 5.0, 5.0, 9.0]" (XYXY).
 
     Raises:
-        ValueError: for a ``bbox`` that isn't four numbers, with its file.
+        ValueError: for a ``bbox`` that isn't four values, with its file.
     """
     lines = []
     for record in dataset_dicts:
         annotations = record.get("annotations", [])
-        try:
-            boxes = xyxy_boxes(annotations).tolist()
-        except (KeyError, TypeError, ValueError) as error:
-            text = f"{record['file_name']}: an object's box can't be read: {error!r}"
-            raise ValueError(f"{text}; tools/doctor.py lists what is wrong") from None
-        for index, box in enumerate(boxes):
+        for index, annotation in enumerate(annotations):
+            box = annotation.get("bbox")
+            if not (isinstance(box, (list, tuple, np.ndarray)) and len(box) == 4):
+                text = f"object {index} has bbox {box!r}, expected 4 numbers"
+                raise ValueError(f"{record['file_name']}: {text}")
+        for index, box in enumerate(xyxy_boxes(annotations).tolist()):
             defect = _box_defect(box, record)
             if defect:
                 label = annotations[index]["category_id"]
@@ -168,7 +168,8 @@ def find_box_defects(dataset_dicts: Sequence[dict], class_names: Sequence[str] =
 
 def xyxy_boxes(annotations: Sequence[dict]) -> np.ndarray:
     """The boxes of M annotations (XYXY_ABS or XYWH_ABS) as (M, 4) float64 XYXY in pixels."""
-    boxes = np.array([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
+    boxes = np.array([x["bbox"] for x in annotations], dtype=np.float64)
+    boxes = boxes.reshape(len(annotations), 4)
     modes = {x["bbox_mode"] for x in annotations}
     if unknown := modes - {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}:
         raise ValueError(f"bbox_mode: XYXY_ABS or XYWH_ABS, got {unknown}")

@@ -232,6 +232,8 @@ def test_class_count_and_misspelt_keys(lab):
         ({"category_id": 9}, "ERROR", "1 annotations of unknown categories", "category 9"),
         ({"bbox": []}, "ERROR", "1 annotations without a bbox", "000000.jpg: annotation 1"),
         ({"bbox": None}, "ERROR", "1 annotations without a bbox", "000000.jpg: annotation 1"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "ERROR", "no list of polygons", "annotation 1"),
+        ({"image_id": [1]}, "ERROR", "train.json can't be checked further: TypeError", ""),
         ({"id": 2}, "ERROR", "1 annotations with the id of another", "annotation 2"),
         ({"ignore": 1}, "ERROR", "1 annotations with ignore: 1", "annotation 1"),
         ({"segmentation": [[1, 2]]}, "WARNING", "1 annotations whose segmentation", "annotation 1"),
@@ -256,7 +258,8 @@ def test_broken_coco_images_and_files(lab):
         lab.train = broken
         text = lab.check()
         assert finding(text, "train.json is no COCO file")[0] == "ERROR"
-        assert text.count("Training stops with this error") == 1 and "NUM_CLASSES" not in text
+        assert text.count("Training stops with this error") == 1
+        assert finding(text, "NUM_CLASSES 6 fits")[0] == "OK" and "fits doctor_test" in text
 
 
 def test_fix_loads_and_is_sound(lab, monkeypatch):

@@ -395,7 +395,9 @@ def test_publish_says_that_there_are_no_metrics(run, tmp_path, publish, capsys):
     source, out = run[2], tmp_path / "out"
     out.mkdir()
     where = tmp_path / "metrics.json"
-    where.write_text('{"iteration": 19, "loss_cls": 3.0}\n{"iteration": 150, "bbox/AP": 1.0}\n')
+    lines = ['{"iteration": 100, "bbox/AP": 1.0}', '{"iteration": 0, "start_iter": 0}']
+    lines += ['{"iteration": 19, "loss_cls": 3.0}', '{"iteration": 50, "bbox/AP": 1.0}']
+    where.write_text("\n".join(lines))
     publish([source, str(out / "x")])
     text = f"No metrics: {where} has no evaluation of these weights"
     assert text in capsys.readouterr().out
@@ -404,10 +406,10 @@ def test_publish_says_that_there_are_no_metrics(run, tmp_path, publish, capsys):
     assert f"No metrics: there is no {where} (--metrics)" in capsys.readouterr().out
     assert [name.rpartition(".")[2] for name in published(out)] == ["pth"]
 
-    (tmp_path / "other.json").write_text('{"iteration": 9, "voc/mAP": 3}\n')
+    (tmp_path / "other.json").write_text('{"iteration": 99, "voc/mAP": 3}\n')
     publish([source, str(out / "x"), "--metrics", str(tmp_path / "other.json")])
     found = json.loads(next(out.glob("*.json")).read_text())
-    assert found == {"iteration": 9, "voc/mAP": 3}
+    assert found == {"iteration": 99, "voc/mAP": 3}
 
 
 def test_publish_of_averaged_weights(run, tmp_path, publish, capsys, assert_equal):

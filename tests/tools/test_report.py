@@ -223,7 +223,8 @@ def test_an_empty_folder(write_page, tmp_path):
 def test_a_training_that_was_stopped(write_run, write_page):
     folder = write_run()
     lines = (folder / "metrics.json").read_text().splitlines()
-    (folder / "metrics.json").write_text(lines[0] + "\n" + lines[1] + "\n")
+    begin = '{"iteration": 0, "start_iter": 0}'  # after an earlier training in the folder
+    (folder / "metrics.json").write_text("\n".join([*lines, begin, *lines[:2]]) + "\n")
     _, tree = write_page(folder)
     assert notes(tree) == ["The training ends at iteration 20 of 40."]
 

@@ -27,6 +27,9 @@ REDUCED = (
 )
 
 
+_PARTS = ("images", "categories", "annotations")
+
+
 class Finding(NamedTuple):
     """OK; ERROR: stops the training or makes its result wrong; WARNING: costs accuracy, or is
     probably a mistake."""
@@ -56,6 +59,7 @@ class DataSet(NamedTuple):
     files: List[ImageFile]
     classes: List[str]
     root: str  # folder of the images
+    loads: bool  # for a training
 
     def place(self, index: int) -> str:
         return os.path.relpath(self.records[index]["file_name"], self.root)
@@ -70,20 +74,23 @@ def read_dataset(name: str, entry: dict) -> Tuple[DataSet, List[Finding]]:
         entry: of DATASETS.REGISTER, or {} for a data set that others have registered.
     """
     metadata, findings = MetadataCatalog.get(name), []
-    records, classes, root = [], [], ""
+    records, classes, root, loads = [], [], "", False
     try:
         if entry.get("FORMAT") in ("voc", "yolo"):  # the catalog leaves out defective boxes
             root, records = metadata.image_root, read_every_box(name)
         else:
             records = DatasetCatalog.get(name)
-        classes = metadata.thing_classes
+        classes, loads = metadata.thing_classes, True
     except Exception as error:  # a broken file raises anything
-        text = f"can't be loaded: {type(error).__name__}: {error}"
+        text = f"can't be loaded: {type(error).__name__}: {error}".partition("; tools/doctor")[0]
         findings.append(Finding("ERROR", text, advice="Training stops with this error."))
     json_file = metadata.get("json_file")
     if json_file and os.path.isfile(json_file):
         root = metadata.image_root
-        records, classes, problems = read_coco(json_file, root, entry.get("KEEP_IDS", False))
+        try:
+            records, classes, problems = read_coco(json_file, root, entry.get("KEEP_IDS", False))
+        except Exception as error:  # values of any type
+            problems = [Finding("ERROR", f"{json_file} can't be checked further: {error!r}")]
         findings += problems
     if not records and not findings:
         findings.append(Finding("ERROR", "holds no image"))
@@ -95,7 +102,7 @@ def read_dataset(name: str, entry: dict) -> Tuple[DataSet, List[Finding]]:
             record["height"], record["width"] = found[record["file_name"]].size
             record["annotations"] = record["annotations"] if record["height"] else []
     root = root or os.path.dirname(os.path.commonprefix(names)) or "."
-    return DataSet(name, records, [found[n] for n in names], list(classes), root), findings
+    return DataSet(name, records, [found[n] for n in names], list(classes), root, loads), findings
 
 
 def read_coco(
@@ -112,13 +119,15 @@ def read_coco(
             data = json.load(f)
         images, categories = data["images"], data["categories"]
         annotations = data.get("annotations", [])
-        for part in (images, categories, annotations):
-            if not (isinstance(part, list) and all(isinstance(x, dict) for x in part)):
-                raise TypeError(f"expected a list of objects, got {str(part)[:80]}")
+        for key, part in zip(_PARTS, (images, categories, annotations)):
+            if not isinstance(part, list):
+                raise TypeError(f"{key} is no list: {str(part)[:80]}")
+            if wrong := [x for x in part if not isinstance(x, dict)]:
+                raise TypeError(f"{key} has an entry that is no object: {str(wrong[0])[:80]}")
         names = {c["id"]: c["name"] for c in categories}
     except (ValueError, KeyError, TypeError) as error:
         text = f"{json_file} is no COCO file: {type(error).__name__}: {error}"
-        return [], [], [Finding("ERROR", text, advice="It needs images, annotations, categories.")]
+        return [], [], [Finding("ERROR", text, advice=f"It needs {', '.join(_PARTS)}.")]
     ids = list(range(1, max(names, default=0) + 1)) if keep_ids else sorted(names)
     labels = {category: label for label, category in enumerate(ids)}
     problems = defaultdict(list)
@@ -159,7 +168,9 @@ def read_coco(
         if annotation.get("ignore", 0):
             problems["annotations with ignore: 1"].append(place)
         polygons = annotation.get("segmentation")
-        if isinstance(polygons, list) and polygons and all(len(p) < 6 for p in polygons):
+        if isinstance(polygons, list) and not all(isinstance(p, list) for p in polygons):
+            problems["annotations whose segmentation is no list of polygons"].append(place)
+        elif isinstance(polygons, list) and polygons and all(len(p) < 6 for p in polygons):
             problems["annotations whose segmentation is no polygon"].append(place)
         ignored = annotation.get("iscrowd", 0) or annotation.get("ignore", 0)
         box = [float("nan") if v is None else float(v) for v in box]

@@ -3,8 +3,7 @@
 
 Writes OUT_PREFIX-xxxxxxxx.pth, only the weights and the class names, where xxxxxxxx are the first
 digits of the file's SHA-256, and beside it OUT_PREFIX-xxxxxxxx.json, the metrics of the evaluation
-that belongs to IN: the last one in metrics.json up to IN's iteration. Equal weights give an equal
-file.
+that belongs to IN: that of IN's iteration in metrics.json. Equal weights give an equal file.
 """
 
 import argparse
@@ -24,19 +23,19 @@ HASH_DIGITS = 8  # as in PyTorch's and MMDetection's published names
 
 
 def last_evaluation(path: str, iteration: Optional[int] = None) -> Dict[str, Any]:
-    """The last evaluation in Detectron2's ``metrics.json``: "iteration", "bbox/AP", …
+    """An evaluation in Detectron2's ``metrics.json``: "iteration", "bbox/AP", …
 
     Args:
-        iteration: of the weights; later evaluations don't count. None: unknown.
+        iteration: of the weights. None: unknown, the last evaluation is taken.
 
     Returns:
         {} if there is none; None for values that aren't numbers, such as a missing class's AP.
     """
     found: Dict[str, Any] = {}
     for record in read_metrics(path)[0]:
-        # the last evaluation comes after the last step: one iteration later
-        in_time = iteration is None or record["iteration"] <= iteration + 1
-        if in_time and any("/" in name for name in record):
+        # the evaluation after the last step is one iteration later
+        fits = iteration is None or record["iteration"] in (iteration, iteration + 1)
+        if fits and any("/" in name for name in record):
             found = {k: x for k, x in record.items() if "/" in k or k == "iteration"}
     return {k: None if isinstance(x, float) and math.isnan(x) else x for k, x in found.items()}
 
