@@ -1,5 +1,8 @@
 """The config keys of SSD: each with its unit, default and source.
 
+Without effect are Detectron2's keys of other detectors, ``INPUT.CROP``, and, but for its own
+ResNets, ``MODEL.BACKBONE.FREEZE_AT``.
+
 Only adds keys; a value of Detectron2's own that SSD needs otherwise (``MIN_SIZE_TEST``, the pixel
 mean, warm-up …) stands in ``labs/_base_/*.yaml``. The defaults here are SSD300 on COCO.
 """

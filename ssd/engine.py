@@ -184,6 +184,11 @@ class Trainer(DefaultTrainer):
             self.build_test_loader(cfg, name)  # what is missing shows before the training
         cfg = schedule_in_iterations(cfg, data_loader.dataset.num_images)
         model = self.build_model(cfg)
+        if not (cfg.MODEL.WEIGHTS or all(x.requires_grad for x in model.parameters())):
+            logger.warning(
+                "MODEL.WEIGHTS is empty, but there are frozen layers, which stay random: "
+                "MODEL.BACKBONE.FREEZE_AT 0 trains all"
+            )
         optimizer = self.build_optimizer(cfg, model)
         ema = cfg.SOLVER.EMA
         self._average = WeightAverage(model, ema.DECAY) if ema.ENABLED else None
@@ -316,8 +321,8 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        return build_evaluator(cfg, dataset_name)
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -341,7 +346,7 @@ class Trainer(DefaultTrainer):
         for name in cfg.DATASETS.TEST:
             folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA", name)
             results[name] = inference_on_dataset(
-                model, build_test_loader(cfg, name, mapper), build_evaluator(cfg, name, folder)
+                model, build_test_loader(cfg, name, mapper), cls.build_evaluator(cfg, name, folder)
             )
             if comm.is_main_process():
                 logger.info("Results for %s with test-time augmentation:", name)
@@ -420,10 +425,14 @@ def draw_detections(cfg, model, score_thresh: float = 0.5) -> List[str]:
             with torch.no_grad():
                 instances = model([sample])[0]["instances"].to("cpu")
             instances = instances[instances.scores > score_thresh]
-            image = read_image(sample["file_name"], "BGR")
+            size = sample.get("height"), sample.get("width")
+            image = read_image(sample["file_name"], "BGR", size)
             picture = draw_instances(image, instances, MetadataCatalog.get(name))
             stem = os.path.splitext(os.path.basename(sample["file_name"]))[0]
-            paths.append(os.path.join(folder, f"{stem}.jpg"))
+            path = os.path.join(folder, f"{stem}.jpg")
+            if path in paths:  # images of several folders
+                path = os.path.join(folder, f"{stem}_{index}.jpg")
+            paths.append(path)
             cv2.imwrite(paths[-1], picture)
     logger.info("Wrote %d pictures of detections to %s/detections", len(paths), cfg.OUTPUT_DIR)
     return paths

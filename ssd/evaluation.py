@@ -59,9 +59,7 @@ def metric_names(cfg: CfgNode) -> list[str]:
         known = {
             "coco": [
                 *(f"bbox/AP{x}" for x in ("", "50", "75", "s", "m", "l")),
-                # Detectron2 leaves them out for a single class
-                *(f"bbox/AP-{x}" for x in classes if len(classes) > 1),
-                *(f"bbox/AP50-{x}" for x in classes),
+                *(f"bbox/{metric}-{x}" for metric in ("AP", "AP50") for x in classes),
             ],
             "voc": ["voc/mAP", "voc/mAP_11point", *(f"voc/AP-{x}" for x in classes)],
         }
@@ -134,6 +132,7 @@ class COCOBoxEvaluator(COCOEvaluator):
             class_names = [class_names[labels[i]] for i in coco_eval.params.catIds]
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if coco_eval is not None and class_names:
+            results.setdefault(f"AP-{class_names[0]}", results["AP"])  # left out for a single one
             # (IoU, recall, class, area range, detections per image); -1: no ground truth
             precision = coco_eval.eval["precision"][0, :, :, 0, -1]
             for label, name in enumerate(class_names):

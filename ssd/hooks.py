@@ -106,11 +106,15 @@ class BestCheckpoint(HookBase):
         self._best = -math.inf
 
     def before_train(self) -> None:
-        if self.trainer.start_iter > 0 and os.path.isfile(self._path):
-            with open(self._path) as file:
-                best = json.load(file)
-            if best["metric"] == self._metric:
-                self._best, self.iteration = best["value"], best["iteration"]
+        if not os.path.isfile(self._path):
+            return
+        if self.trainer.start_iter == 0:
+            os.remove(self._path)  # of an earlier training in this folder
+            return
+        with open(self._path) as file:
+            best = json.load(file)
+        if best["metric"] == self._metric:
+            self._best, self.iteration = best["value"], best["iteration"]
 
     def after_step(self) -> None:
         step = self.trainer.iter + 1

@@ -199,7 +199,7 @@ def write_image(path: str, image: np.ndarray) -> str:
     """
     if os.path.dirname(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    if not cv2.haveImageWriter(path):
+    if not cv2.haveImageWriter(path) or path.lower().endswith((".pbm", ".pgm")):  # without colour
         path += ".png"
     if not cv2.imwrite(path, image):
         raise OSError(f"{path} can't be written")

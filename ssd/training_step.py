@@ -57,6 +57,9 @@ class TrainingStep(SimpleTrainer):
                 self.optimizer.found_inf = self._unreported.is_not_finite()
         if report:
             self._write(report)
+        if self.grad_scaler.is_enabled():
+            # a fused optimizer would do so itself, but after SOLVER.CLIP_GRADIENTS
+            self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

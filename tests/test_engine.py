@@ -6,11 +6,15 @@ import shutil
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from trainers import ScriptedTrainer, checkpoint, train
 
 from ssd.checkpoint import SSDCheckpointer
@@ -93,6 +97,28 @@ def train_line(values, late):
 
 
 @needs_fused_sgd
+@pytest.mark.parametrize("clip_type, value", [("norm", 0.5), ("value", 0.5), ("norm", 1e6)])
+def test_gradients_are_clipped_unscaled(clip_type, value):
+    """float16 on a GPU, in float32 with its scaler and kernel on a CPU."""
+    cfg = get_cfg()
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, clip_type, value
+    weights = []
+    for scaled in (False, True):
+        model = Line()
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
+        optimizer = optimizer(model.parameters(), lr=0.1, fused=scaled)
+        step = TrainingStep(model, [[{"x": 3.0, "file_name": "a.jpg"}]], optimizer)
+        step.grad_scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        step.iter = 0
+        with EventStorage() as step._storage:
+            step.run_step()
+        weights.append(float(model.weight))
+    # the gradient is x + 2 w = 7
+    assert weights[0] == pytest.approx(2 - 0.1 * min(value, 7)) and weights[1] == weights[0]
+
+
+@needs_fused_sgd
 def test_late_losses_are_the_same_and_of_their_iteration():
     (_, weights, now, _), (_, late_weights, late, _) = (
         train_line([1.0, 2.0, 3.0], late) for late in (False, True)
@@ -158,6 +184,36 @@ def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg):
 
     _, best = run(3, [1.0, 2.0, 0.0], resume=False)  # a new run has no memory
     assert best["value"] == 2.0
+    with pytest.raises(FileNotFoundError, match="model_best.json"):
+        run(2, [float("nan")] * 2, resume=False)
+    _, best = run(3, [0.5], resume=True)  # nor a resumed one of it
+    assert best == {"metric": "bbox/AP50", "value": 0.5, "iteration": 2}
+
+
+def test_pictures_of_images_with_one_name(tiny_cfg, register, tmp_path):
+    records, exif = [], Image.Exif()
+    exif[274] = 6  # a quarter turn, which the annotations don't have
+    for number, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        path = str(tmp_path / folder / "x.jpg")
+        Image.new("RGB", (40, 30)).save(path, exif=exif)
+        records.append({"file_name": path, "image_id": number, "height": 30, "width": 40})
+    name = register([{**x, "annotations": []} for x in records], "abcdef")
+    cfg = tiny_cfg("DATASETS.TEST", (name,), "TEST.VIS_IMAGES", 2)
+    paths = draw_detections(cfg, build_model(cfg))
+    assert [os.path.basename(path) for path in paths] == ["x.jpg", "x_1.jpg"]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.size == (40, 30)
+
+
+def test_frozen_random_layers_are_told(tiny_cfg, caplog):
+    opts = "MODEL.SSD.BOTTOM_UP build_resnet_backbone MODEL.SSD.IN_FEATURES ['res3','res4','res5']"
+    opts += " MODEL.RESNETS.OUT_FEATURES ['res3','res4','res5'] MODEL.RESNETS.DEPTH 50"
+    for freeze_at in (2, 0):
+        caplog.clear()
+        Trainer(tiny_cfg(*opts.split(), "MODEL.BACKBONE.FREEZE_AT", freeze_at))
+        assert ("frozen layers, which stay random" in caplog.text) == (freeze_at > 0)
 
 
 def test_best_checkpoint_says_its_iteration_and_is_not_what_a_resume_takes(tiny_cfg):

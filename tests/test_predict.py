@@ -76,6 +76,7 @@ def test_pictures_keep_names_and_never_overwrite(tmp_path, monkeypatch):
             output_paths(["a/x.jpg"], output)
 
 
-def test_formats_that_cannot_be_written_become_png(tmp_path):
-    path = write_image(str(tmp_path / "new" / "x.svg"), np.zeros((4, 5, 3), np.uint8))
-    assert path.endswith("x.svg.png") and cv2.imread(path).shape == (4, 5, 3)
+@pytest.mark.parametrize("name", ["x.svg", "x.PGM"])  # the latter has no colour
+def test_formats_that_cannot_be_written_become_png(name, tmp_path):
+    path = write_image(str(tmp_path / "new" / name), np.full((4, 5, 3), (0, 9, 200), np.uint8))
+    assert path.endswith(f"{name}.png") and cv2.imread(path)[0, 0].tolist() == [0, 9, 200]

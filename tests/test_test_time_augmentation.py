@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes
 from torchvision.ops import box_iou
 
@@ -147,5 +148,13 @@ def test_trainer_evaluates_with_it_as_detectron2_names_it(tiny_cfg, model):
     results = Trainer.test_with_TTA(cfg, model)
     assert model.training and set(results) == {"bbox_TTA", "voc_TTA"}
     assert "AP50-star" in results["bbox_TTA"]
+
+    class OwnTrainer(Trainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            assert output_folder.endswith("inference_TTA/shapes_val")
+            return DatasetEvaluators([])
+
+    assert OwnTrainer.test_with_TTA(cfg, model) == {}
     cfg = tiny_cfg("DATASETS.TEST", ("shapes_val", "shapes_train"))
     assert set(Trainer.test_with_TTA(cfg, model)) == {"shapes_val_TTA", "shapes_train_TTA"}

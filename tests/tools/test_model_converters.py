@@ -335,6 +335,7 @@ def run(tmp_path, tiny_cfg):
         {"iteration": 50, "bbox/AP": 10.0, "voc/mAP": 30.0},
         {"iteration": 99, "loss_cls": 2.0},
         {"iteration": 100, "bbox/AP": 12.5, "bbox/AP-ring": float("nan"), "loss_cls": 2.0},
+        {"iteration": 100, "validation/loss_cls": 3.0},
         {"iteration": 150, "bbox/AP": 20.0},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)

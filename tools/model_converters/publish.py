@@ -35,8 +35,9 @@ def last_evaluation(path: str, iteration: Optional[int] = None) -> Dict[str, Any
     for record in read_metrics(path)[0]:
         # the evaluation after the last step is one iteration later
         fits = iteration is None or record["iteration"] in (iteration, iteration + 1)
-        if fits and any("/" in name for name in record):
-            found = {k: x for k, x in record.items() if "/" in k or k == "iteration"}
+        metrics = {k: x for k, x in record.items() if "/" in k and k.split("/")[0] != "validation"}
+        if fits and metrics:
+            found = {"iteration": record["iteration"], **metrics}
     return {k: None if isinstance(x, float) and math.isnan(x) else x for k, x in found.items()}
 
 
