@@ -80,6 +80,7 @@ def launch(main: Callable, args) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
         main(args)
+        part()
         return
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ValueError("--num-machines > 1 needs --dist-url tcp://MACHINE0:PORT, got 'auto'")
@@ -108,6 +109,14 @@ def _run(main: Callable, args) -> None:
     if comm.get_world_size() > 1:  # otherwise Ctrl-C is ignored, as in the launching process
         signal.signal(signal.SIGINT, _exit_at_once)
     main(args)
+    part()
+
+
+def part() -> None:
+    """Ends the connection of the processes: one that exits first can make the others abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        comm.synchronize()
+        torch.distributed.destroy_process_group()
 
 
 def _exit_at_once(number: int, frame) -> None:

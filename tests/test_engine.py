@@ -11,11 +11,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver.build import maybe_add_gradient_clipping
-from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
-from trainers import ScriptedTrainer, checkpoint, train
+from trainers import ScriptedTrainer, checkpoint, joined, train
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -529,11 +528,9 @@ def norm_opts(norm):
 
 
 def _train_part(rank, folder, lab, opts):
-    init = f"file://{folder}/init"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    comm.create_local_process_group(2)
-    torch.set_num_threads(1)
-    train(load_config(lab, opts), WeighingTrainer)
+    with joined(rank, folder):
+        torch.set_num_threads(1)
+        train(load_config(lab, opts), WeighingTrainer)
 
 
 def test_synchronised_batch_norm_of_two_processes_equals_batch_norm_of_one(

@@ -10,9 +10,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from trainers import joined
 
 from ssd import evaluation
 from ssd.config import add_ssd_config
@@ -425,24 +425,22 @@ def test_metric_names_are_what_is_logged(classes, evaluators, tmp_path):
 
 
 def _two_processes(rank, folder):
-    init = f"file://{folder}/init"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    comm.create_local_process_group(2)
-    register([[(A, 0)], [(B, 0)]], ["cat"])
-    results = []
-    for evaluator in (VOCEvaluator(NAME), COCOBoxEvaluator(NAME, folder)):
-        evaluator.reset()
-        instances = Instances((100, 100))
-        instances.pred_boxes = Boxes(torch.tensor([[A, B][rank]]).float())
-        instances.pred_classes, instances.scores = torch.tensor([0]), torch.tensor([0.5])
-        evaluator.process([{"image_id": f"id{rank}"}], [{"instances": instances}])
-        results.append(evaluator.evaluate())
-    voc, coco = results
-    if rank == 0:
-        assert voc["voc"]["mAP"] == pytest.approx(100)
-        assert coco["bbox"]["AP50"] == pytest.approx(100)
-    else:
-        assert results == [{}, {}]
+    with joined(rank, folder):
+        register([[(A, 0)], [(B, 0)]], ["cat"])
+        results = []
+        for evaluator in (VOCEvaluator(NAME), COCOBoxEvaluator(NAME, folder)):
+            evaluator.reset()
+            instances = Instances((100, 100))
+            instances.pred_boxes = Boxes(torch.tensor([[A, B][rank]]).float())
+            instances.pred_classes, instances.scores = torch.tensor([0]), torch.tensor([0.5])
+            evaluator.process([{"image_id": f"id{rank}"}], [{"instances": instances}])
+            results.append(evaluator.evaluate())
+        voc, coco = results
+        if rank == 0:
+            assert voc["voc"]["mAP"] == pytest.approx(100)
+            assert coco["bbox"]["AP50"] == pytest.approx(100)
+        else:
+            assert results == [{}, {}]
 
 
 def test_two_processes_are_gathered(tmp_path):

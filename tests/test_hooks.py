@@ -10,9 +10,8 @@ import pytest
 import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
-from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from trainers import ScriptedTrainer, checkpoint, train
+from trainers import ScriptedTrainer, checkpoint, joined, train
 
 from ssd.config import load_config
 from ssd.engine import Trainer
@@ -199,16 +198,14 @@ def test_early_stopping_needs_a_metric_and_a_period(tiny_cfg, opts):
 
 
 def _train_part(rank, folder, lab, opts):
-    init = f"file://{folder}/init"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    comm.create_local_process_group(2)
-    torch.set_num_threads(1)
-    ScriptedTrainer.script = [30.0, 20.0, 10.0] if rank == 0 else []
-    trainer = train(load_config(lab, opts), ScriptedTrainer)
-    assert trainer.iter == trainer.max_iter == 2
-    (losses,) = Trainer.test_losses(trainer.cfg, trainer.evaluated_model).values()
-    with open(f"{folder}/losses{rank}.json", "w") as file:
-        json.dump(losses, file)
+    with joined(rank, folder):
+        torch.set_num_threads(1)
+        ScriptedTrainer.script = [30.0, 20.0, 10.0] if rank == 0 else []
+        trainer = train(load_config(lab, opts), ScriptedTrainer)
+        assert trainer.iter == trainer.max_iter == 2
+        (losses,) = Trainer.test_losses(trainer.cfg, trainer.evaluated_model).values()
+        with open(f"{folder}/losses{rank}.json", "w") as file:
+            json.dump(losses, file)
 
 
 def test_two_processes_stop_together_and_share_the_validation_images(

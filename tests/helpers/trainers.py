@@ -1,12 +1,23 @@
 """Short runs for the tests of the engine and its hooks."""
 
+import contextlib
 import os
 
 import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ssd.engine import Trainer
+from ssd.engine import Trainer, part
+
+
+@contextlib.contextmanager
+def joined(rank, folder):
+    """This process is one of two."""
+    init = f"file://{folder}/init"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    yield
+    part()
 
 
 class ScriptedTrainer(Trainer):

@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from trainers import joined
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -149,12 +150,11 @@ def losses_of_every_normalizer(inputs):
 
 
 def _half(rank, folder):
-    init = f"file://{folder}/init"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    inputs = [*batch(), batch()[0]]
-    losses = losses_of_every_normalizer(inputs[2 * rank : 2 * rank + 2])
-    torch.distributed.all_reduce(losses)
-    torch.save(losses / 2, f"{folder}/{rank}")  # DistributedDataParallel takes the mean
+    with joined(rank, folder):
+        inputs = [*batch(), batch()[0]]
+        losses = losses_of_every_normalizer(inputs[2 * rank : 2 * rank + 2])
+        torch.distributed.all_reduce(losses)
+        torch.save(losses / 2, f"{folder}/{rank}")  # DistributedDataParallel takes the mean
 
 
 def test_two_processes_have_the_loss_of_one(tmp_path):
