@@ -13,12 +13,11 @@ from ssd.metrics import read_metrics  # noqa: E402
 
 def plot(records: list, path: str) -> None:
     """Losses on the left, COCO's AP and AP50 over all classes and by class on the right."""
-    series = {}
+    points = {}  # of lines with the same iteration the last one counts
     for record in records:
         for name, value in record.items():
-            series.setdefault(name, ([], []))
-            series[name][0].append(record["iteration"])
-            series[name][1].append(value)
+            points.setdefault(name, {})[record["iteration"]] = value
+    series = {name: (list(values), list(values.values())) for name, values in points.items()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name, style in (("loss_cls", "-"), ("loss_box_reg", "--")):
         if name in series:
