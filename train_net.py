@@ -21,10 +21,11 @@ from ssd.summary import write_summary  # noqa: E402
 
 def main(args):
     cfg = setup(args)
+    trainer = None
     if args.eval_only:
         model = Trainer.build_model(cfg)
         SSDCheckpointer(model, cfg=cfg, strict=True).load(cfg.MODEL.WEIGHTS)
-        trainer, results = None, Trainer.test(cfg, model)
+        results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
     else:

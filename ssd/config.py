@@ -203,8 +203,9 @@ def _add_run_keys(cfg: CN) -> None:
     # WARMUP_ITERS and the periods stay in iterations; ssd.solver has the rules.
     cfg.SOLVER.MAX_EPOCHS = 0
     cfg.SOLVER.STEPS_EPOCHS = []
-    # Passes in a unit, whose iterations are rounded up: MMDetection's RepeatDataset has 5. Epochs
-    # count passes all the same, as multiples of it: 120, not 24.
+    # Passes over the data that make one unit of the schedule (MMDetection's RepeatDataset: 5); a
+    # unit's iterations are rounded up. MAX_EPOCHS and STEPS_EPOCHS count single passes all the
+    # same, as multiples of it: MMDetection's 24 epochs are 120 here.
     cfg.SOLVER.REPEAT_DATASET = 1
     # The cosine of WarmupCosineLR falls at every "iteration", or is constant for a unit: "epoch"
     # (MMDetection, torchvision; needs MAX_EPOCHS).
@@ -261,6 +262,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     Raises:
         KeyError: for a misspelt key, with the nearest existing ones.
         FileNotFoundError: if there is no such file.
+        ValueError: options with dashes or an odd number of ``opts``, a value of another type than
+            the key's, a wrong entry in DATASETS.REGISTER.
         yaml.constructor.ConstructorError: if the YAML would run code; it is never executed.
     """
     from ssd.data.datasets import register_datasets

@@ -80,7 +80,7 @@ def launch(main: Callable, args) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
         main(args)
-        part()
+        leave_process_group()
         return
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ValueError("--num-machines > 1 needs --dist-url tcp://MACHINE0:PORT, got 'auto'")
@@ -109,11 +109,11 @@ def _run(main: Callable, args) -> None:
     if comm.get_world_size() > 1:  # otherwise Ctrl-C is ignored, as in the launching process
         signal.signal(signal.SIGINT, _exit_at_once)
     main(args)
-    part()
+    leave_process_group()
 
 
-def part() -> None:
-    """Ends the connection of the processes: one that exits first can make the others abort."""
+def leave_process_group() -> None:
+    """Waits for the others and leaves: a process that exits earlier can make them abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         comm.synchronize()
         torch.distributed.destroy_process_group()
@@ -135,7 +135,7 @@ def _join_torchrun() -> None:
 def setup(args):
     """The config of the command line's arguments; logs it and the environment.
 
-    Writes it to OUTPUT_DIR/config.yaml, where an evaluation leaves that of a training alone.
+    Writes it to OUTPUT_DIR/config.yaml; an evaluation in a training's folder keeps the training's.
     ``MODEL.WEIGHTS zoo://NAME`` without ``--config-file`` brings the config of these weights.
 
     Raises:
@@ -299,8 +299,9 @@ class Trainer(DefaultTrainer):
             metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
             ret.append(TrainingPictures(cfg.VIS_PERIOD, model, metadata))
         best = None
-        own = type(self).build_evaluator.__func__ is not Trainer.build_evaluator.__func__
-        known = None if own else metric_names(cfg)
+        # a subclass's own evaluators have names of metrics that aren't known here
+        has_own = type(self).build_evaluator.__func__ is not Trainer.build_evaluator.__func__
+        known = None if has_own else metric_names(cfg)  # raises for an unknown TEST.EVALUATORS
         if test.BEST_METRIC or test.EARLY_STOPPING.PATIENCE:
             _check_best_metric(cfg, known)
             if comm.is_main_process():

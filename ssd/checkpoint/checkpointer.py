@@ -141,7 +141,8 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     def _to_ours(self, checkpoint: Dict[str, Any]) -> Tuple[State, str]:
         """A file's weights by our names, and what they are; warns where the config doesn't fit."""
-        (state, lineage), self._advice = identify(checkpoint), ""
+        self._advice = ""
+        state, lineage = identify(checkpoint)
         if lineage is None:
             return state, "weights"
         cfg = self._cfg

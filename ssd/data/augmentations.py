@@ -110,7 +110,8 @@ class PhotometricDistortion(Augmentation):
         _check_probability("INPUT.PHOTOMETRIC.SWAP_CHANNELS_PROB", swap_channels_prob)
         _check_range("INPUT.PHOTOMETRIC.CONTRAST", contrast, 0, np.inf)
         _check_range("INPUT.PHOTOMETRIC.SATURATION", saturation, 0, np.inf)
-        _check_range("INPUT.PHOTOMETRIC.BRIGHTNESS, HUE", (0, min(brightness, hue)), 0, np.inf)
+        _check_least("INPUT.PHOTOMETRIC.BRIGHTNESS", brightness, 0)
+        _check_least("INPUT.PHOTOMETRIC.HUE", hue, 0)
         if style not in ("caffe", "torchvision"):
             raise ValueError(
                 f"INPUT.PHOTOMETRIC.STYLE is {style!r}, expected 'caffe' or 'torchvision'"
@@ -167,7 +168,7 @@ class Expand(Augmentation):
         """
         super().__init__()
         _check_probability("INPUT.EXPAND.PROB", prob)
-        _check_range("INPUT.EXPAND.MAX_RATIO", (1, max_ratio), 1, np.inf)
+        _check_least("INPUT.EXPAND.MAX_RATIO", max_ratio, 1)
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
@@ -225,7 +226,10 @@ class IoUCrop(Augmentation):
             raise ValueError(f"INPUT.IOU_CROP.OBJECTS is {objects!r}, expected 'any' or 'all'")
         if trials < 1:
             raise ValueError(f"INPUT.IOU_CROP.TRIALS is {trials}, expected at least 1")
-        _check_range("INPUT.IOU_CROP.MIN_IOUS", (min(min_ious), max(min_ious)), 0, 1)
+        if not min_ious:
+            raise ValueError("INPUT.IOU_CROP.MIN_IOUS is empty, expected numbers of 0 to 1")
+        for value in min_ious:
+            _check_probability("INPUT.IOU_CROP.MIN_IOUS", value)
         _check_range("INPUT.IOU_CROP.SCALE", scale, 1e-3, 1)
         _check_range("INPUT.IOU_CROP.ASPECT_RATIO", aspect_ratio, 1e-3, 1e3)
         if not aspect_ratio[0] <= 1 <= aspect_ratio[1]:
@@ -391,6 +395,11 @@ def _reached_iou(crops: np.ndarray, boxes: np.ndarray, objects: str) -> np.ndarr
 def _check_probability(key: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{key} is {value}, expected 0 to 1")
+
+
+def _check_least(key: str, value: float, lowest: float) -> None:
+    if not lowest <= value < np.inf:
+        raise ValueError(f"{key} is {value}, expected a number of at least {lowest}")
 
 
 def _check_range(key: str, value: Tuple[float, float], lowest: float, highest: float) -> None:

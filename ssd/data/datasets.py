@@ -44,7 +44,7 @@ _KEYS = {
     "yolo": {"ROOT": None, "IMAGES": None, "LABELS": "", "CLASSES": []},
     "shapes": {"SPLIT": None, "ROOT": "shapes"},
 }
-# Of a folder of images; names of their classes, by default one of CLASS_FILES.
+# FORMAT yolo: what counts as an image in a folder, and where names of classes are looked for.
 _IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _CLASS_FILES = ("data.yaml", "classes.txt")
 _registered = {}  # name -> entry, of those registered here
@@ -578,10 +578,13 @@ def _check_entry(name: str, node: Any) -> dict:
 
 def _require(path: str, origin: str) -> None:
     if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{path} does not exist (from {origin}; DETECTRON2_DATASETS is "
-            f"{os.environ.get('DETECTRON2_DATASETS', 'not set, so datasets')!r})"
-        )
+        raise FileNotFoundError(f"{path} does not exist (from {origin}; {datasets_folder_text()})")
+
+
+def datasets_folder_text() -> str:
+    """Where data sets are looked for, for messages about files that aren't there."""
+    folder = os.environ.get("DETECTRON2_DATASETS", "not set, so datasets")
+    return f"DETECTRON2_DATASETS is {folder!r}"
 
 
 def _hint(value: Any, known: Sequence[str]) -> str:

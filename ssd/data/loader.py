@@ -22,7 +22,7 @@ from detectron2.data import (
 )
 from detectron2.utils import comm
 
-from ssd.data.datasets import check_class_count, find_box_defects
+from ssd.data.datasets import check_class_count, datasets_folder_text, find_box_defects
 from ssd.data.mapper import SSDDatasetMapper
 from ssd.memory import keep_freed_memory
 
@@ -126,8 +126,8 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
     """An endless loader of lists of ``IMS_PER_BATCH / processes`` mapped dicts.
 
     Raises:
-        ValueError: class names or counts disagree, no image, a batch size that doesn't divide,
-            or a ``DATALOADER.SAMPLER_TRAIN`` other than the default.
+        ValueError: class names or counts disagree, no image, an IMS_PER_BATCH that isn't a multiple
+            of the number of processes, or a ``DATALOADER.SAMPLER_TRAIN`` other than the default.
     """
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise ValueError(
@@ -188,9 +188,7 @@ def _say_where(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         if "DETECTRON2_DATASETS" in str(error):
             raise
-        folder = os.environ.get("DETECTRON2_DATASETS", "not set, so datasets")
-        text = f"{what}: {error}; DETECTRON2_DATASETS is {folder!r}"
-        raise FileNotFoundError(text) from None
+        raise FileNotFoundError(f"{what}: {error}; {datasets_folder_text()}") from None
 
 
 class Batch(list):

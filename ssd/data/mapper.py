@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from fvcore.transforms.transform import Transform
 
 from ssd.data.augmentations import ImageSize, build_augmentation
-from ssd.data.datasets import xyxy_boxes
+from ssd.data.datasets import datasets_folder_text, xyxy_boxes
 from ssd.data.transforms import centers_inside
 
 __all__ = ["SSDDatasetMapper", "read_image"]
@@ -71,7 +71,7 @@ class SSDDatasetMapper:
         dataset_dict = copy.copy(dataset_dict)
         annotations = dataset_dict.pop("annotations", [])
         size = (dataset_dict.get("height"), dataset_dict.get("width"))
-        if not all(size):  # unknown; 0 is an error
+        if not all(size):  # not in the annotations; read_image refuses 0
             size = read_image(dataset_dict["file_name"], self.image_format, size).shape[:2]
             dataset_dict["height"], dataset_dict["width"] = size
         boxes, classes = _ground_truth(annotations, size)
@@ -139,8 +139,8 @@ def read_image(
             data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"image {file_name} does not exist; DETECTRON2_DATASETS is "
-            f"{os.environ.get('DETECTRON2_DATASETS', 'unset')!r}, current folder {os.getcwd()}"
+            f"image {file_name} does not exist; {datasets_folder_text()}, "
+            f"current folder {os.getcwd()}"
         ) from None
     if _is_truncated_jpeg(data):
         raise ValueError(f"image {file_name} is truncated ({len(data)} bytes, no end marker)")

@@ -329,7 +329,8 @@ class PhotometricTransform(Transform):
         return img
 
     def fixed(self, img: np.ndarray) -> "PhotometricTransform":
-        """This transform of ``img`` for any part of it: no pixel's result depends on another."""
+        """What to apply to a part of ``img`` so that it comes out as in the whole: here this
+        transform itself, as no pixel depends on another."""
         return self
 
     def _distort(self, img: np.ndarray) -> np.ndarray:

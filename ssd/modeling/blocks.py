@@ -108,7 +108,7 @@ def conv_block(
     norm: str,
     activation: str = "",
     stride: int = 1,
-    padding: int = -1,
+    padding: Optional[int] = None,
     groups: int = 1,
 ) -> Conv2d:
     """Convolution, normalisation and activation, in this order.
@@ -117,7 +117,7 @@ def conv_block(
         norm: "" for none (then the convolution has a bias), "BN", or another name of
             ``detectron2.layers.get_norm``: "SyncBN", "FrozenBN", "GN", ….
         activation: a class in torch.nn that works in place, or "".
-        padding: -1: half the kernel.
+        padding: None: half the kernel.
     """
     make = StridedDepthwiseConv2d if groups > 1 and stride > 1 else Conv2d
     return make(
@@ -125,7 +125,7 @@ def conv_block(
         out_channels,
         kernel,
         stride=stride,
-        padding=kernel // 2 if padding < 0 else padding,
+        padding=kernel // 2 if padding is None else padding,
         groups=groups,
         bias=not norm,
         norm=_norm(norm, out_channels),
@@ -169,7 +169,7 @@ class InvertedResidual(nn.Module):
         kernel: int = 3,
         *,
         stride: int = 1,
-        padding: int = -1,
+        padding: Optional[int] = None,
         norm: str,
         activation: str = "ReLU6",
         squeeze: bool = False,

@@ -86,8 +86,8 @@ def select_candidates(
             class (Caffe, torchvision).
 
     Returns:
-        Box and class indices (N, C), scores (N, C), which are candidates (N, C), and for which
-        images that's all of them (N,).
+        Box and class indices (N, C), scores (N, C), which are candidates (N, C), and whether an
+        image has no further pairs over the threshold (N,).
     """
     num_boxes, num_classes = scores.shape[1:]
     image = torch.arange(len(scores), device=scores.device)[:, None]
@@ -154,8 +154,8 @@ def _nms_without_waiting(
 ) -> Tuple[Tensor, Tensor]:
     """As :func:`_nms_per_class`, in a fixed number of operations and without synchronisation.
 
-    A box is kept if no kept one before it overlaps it. From "all are kept" on, each pass of this
-    rule settles at least the next box of every chain of overlapping ones.
+    The rule: a box is kept if no kept one before it overlaps it. Starting with all kept, each pass
+    of the rule settles at least one more box of every chain of overlapping boxes.
 
     Returns:
         which are kept (N, C), and for which images that is settled (N,).

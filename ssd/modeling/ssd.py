@@ -114,9 +114,9 @@ class SSD(DenseDetector):
     @classmethod
     def from_config(cls, cfg):
         ssd = cfg.MODEL.SSD
-        if len(_check_positive("INPUT_SIZE", ssd.INPUT_SIZE)) != 2:
+        _check_positive("INPUT_SIZE", ssd.INPUT_SIZE)
+        if len(ssd.INPUT_SIZE) != 2:
             raise ValueError(f"MODEL.SSD.INPUT_SIZE must be [height, width], got {ssd.INPUT_SIZE}")
-        height, width = ssd.INPUT_SIZE
         _check_positive("NUM_CLASSES", [ssd.NUM_CLASSES])
         _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
         _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each"))
@@ -145,7 +145,7 @@ class SSD(DenseDetector):
             "backbone": backbone,
             "head": head,
             "default_box_generator": generator,
-            "input_size": (height, width),
+            "input_size": ssd.INPUT_SIZE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
@@ -374,7 +374,6 @@ def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"MODEL.SSD.{key}: one of {choices}, got {value!r}")
 
 
-def _check_positive(key: str, values: Sequence[int]) -> Sequence[int]:
+def _check_positive(key: str, values: Sequence[int]) -> None:
     if any(not isinstance(value, int) or value < 1 for value in values):
         raise ValueError(f"MODEL.SSD.{key} must be positive integers, got {values}")
-    return values

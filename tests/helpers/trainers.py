@@ -7,7 +7,7 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ssd.engine import Trainer, part
+from ssd.engine import Trainer, leave_process_group
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def joined(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     comm.create_local_process_group(2)
     yield
-    part()
+    leave_process_group()
 
 
 class ScriptedTrainer(Trainer):
