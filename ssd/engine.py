@@ -47,6 +47,7 @@ from ssd.hooks import (
     BestCheckpoint,
     EarlyStop,
     EarlyStopping,
+    Evaluation,
     GracefulStop,
     TrainingPictures,
     WandbWriter,
@@ -236,10 +237,13 @@ class Trainer(DefaultTrainer):
         self.storage.put_scalar(START, self.start_iter, smoothing_hint=False)
         super().before_train()
 
-    def after_train(self) -> None:
-        if self.iter >= self.max_iter:  # not after a failure
+    def after_step(self) -> None:
+        # nothing is saved or evaluated before the losses of the last step are known to be finite
+        step = self.iter + 1
+        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD, self.max_iter
+        if any(period > 0 and step % period == 0 for period in periods):
             self._trainer.flush()
-        super().after_train()
+        super().after_step()
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -288,13 +292,14 @@ class Trainer(DefaultTrainer):
 
         ret = super().build_hooks()
         writer = [ret.pop()] if comm.is_main_process() else []
-        ret = [EvalHook(test.EVAL_PERIOD, evaluate) if isinstance(x, EvalHook) else x for x in ret]
+        evaluation = Evaluation(test.EVAL_PERIOD, evaluate)
+        ret = [evaluation if isinstance(x, EvalHook) else x for x in ret]
         if self._average:  # first, for what saves and evaluates after a step
             ret.insert(0, self._average)
         if test.AUG.ENABLED:
-            ret.append(EvalHook(0, evaluate_with_tta))
+            ret.append(Evaluation(0, evaluate_with_tta))
         if test.LOSS_PERIOD:
-            ret.append(EvalHook(test.LOSS_PERIOD, lambda: self.test_losses(cfg, model)))
+            ret.append(Evaluation(test.LOSS_PERIOD, lambda: self.test_losses(cfg, model)))
         if cfg.VIS_PERIOD and comm.is_main_process():
             metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
             ret.append(TrainingPictures(cfg.VIS_PERIOD, model, metadata))

@@ -15,6 +15,7 @@ import torch
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
@@ -27,6 +28,7 @@ __all__ = [
     "BestCheckpoint",
     "EarlyStop",
     "EarlyStopping",
+    "Evaluation",
     "GracefulStop",
     "TrainingPictures",
     "WandbWriter",
@@ -170,6 +172,17 @@ def validation_losses(model: SSD, loader: Iterable[List[Dict]]) -> Dict[str, flo
     *losses, divisor = sums.tolist()
     values = {name: loss / max(1.0, divisor) for name, loss in zip(names, losses)}
     return {**values, "total_loss": sum(values.values())}
+
+
+class Evaluation(EvalHook):
+    """EvalHook without the final evaluation after a failure in the last iteration, too.
+
+    A process that failed alone would wait for the others there, and they for it.
+    """
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class EarlyStop(BaseException):
@@ -347,6 +360,7 @@ class GracefulStop(HookBase):
             stop = max(comm.all_gather(stop)) if due else 0
         if stop:
             iteration = self.trainer.iter
+            self.trainer._trainer.flush()
             self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
             logger.info("Stopped after iteration %d; continue with --resume", iteration)
             comm.synchronize()  # the first process to end makes the launcher end the others

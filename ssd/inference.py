@@ -63,7 +63,7 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
         fuse_relu(model)
     if graph:
         # not the model itself: a cycle would keep its memory until the garbage collector comes
-        model.infer = CudaGraph(functools.partial(SSD.infer, weakref.proxy(model)))
+        model.infer = CudaGraph(functools.partial(type(model).infer, weakref.proxy(model)))
     return model
 
 
@@ -77,10 +77,14 @@ class CudaGraph:
     def __init__(self, function: Callable[..., Tuple[Tensor, ...]]):
         self._function = function
         self._graphs = {}
-        self._pool = None
+        self._pool = self._stream = None
 
-    @torch.no_grad()
     def __call__(self, *args: Tensor) -> Tuple[Tensor, ...]:
+        # a graph's inputs are written again in later calls, which torch.inference_mode's can't be
+        with torch.cuda.device(args[0].device), torch.inference_mode(False), torch.no_grad():
+            return self._replay(args)
+
+    def _replay(self, args: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
         key = tuple((x.shape, x.dtype) for x in args)
         if key not in self._graphs:
             stream = torch.cuda.current_stream()
@@ -100,7 +104,7 @@ class CudaGraph:
 
     def _record(self, args: Tuple[Tensor, ...]):
         inputs = [x.clone(memory_format=torch.preserve_format) for x in args]
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # what is chosen, compiled or allocated at the first runs
@@ -108,7 +112,7 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # other threads (a loader's, the compiler's) may allocate meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             outputs = self._function(*inputs)
         self._pool = graph.pool()
         return graph, inputs, outputs

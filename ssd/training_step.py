@@ -53,7 +53,7 @@ class TrainingStep(SimpleTrainer):
         report = _LossReport(losses, self.iter, data_time, data)
         if self._late:
             report, self._unreported = self._unreported, report
-            if not self.grad_scaler.is_enabled():  # it masks what isn't finite, too
+            if not self.grad_scaler.is_enabled():  # it masks gradients that aren't finite
                 self.optimizer.found_inf = self._unreported.is_not_finite()
         if report:
             self._write(report)
@@ -83,7 +83,12 @@ class TrainingStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         for group, own in zip(self.optimizer.param_groups, kernels):
             group.update(own)
-        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+        for parameter, state in self.optimizer.state.items():
+            if (momentum := state.get("momentum_buffer")) is not None:
+                # a fused optimizer needs it in the parameter's memory format (CHANNELS_LAST)
+                state["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+        if scale := state_dict.get("grad_scaler"):  # empty if it wasn't float16
+            self.grad_scaler.load_state_dict(scale)
 
 
 class _LossReport:
@@ -99,7 +104,7 @@ class _LossReport:
             self._on_host = torch.empty_like(self._on_device, device="cpu", pin_memory=True)
             self._on_host.copy_(self._on_device, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._on_device.device))
 
     def values(self) -> Dict[str, Tensor]:
         if self._copied is None:

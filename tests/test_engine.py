@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import os
@@ -151,6 +152,93 @@ def test_a_resume_keeps_this_machines_kernels():
     assert group["fused"] and not group["foreach"]
     momentum = step.optimizer.state[step.model.weight]["momentum_buffer"]
     assert momentum == saved.optimizer.state[saved.model.weight]["momentum_buffer"] != 0
+
+
+@needs_fused_sgd
+def test_a_resume_in_another_memory_format_or_precision():
+    """CHANNELS_LAST and SOLVER.AMP.DTYPE may change between a checkpoint and its resume."""
+    expected, states = None, None
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3, bias=False).to(memory_format=memory_format)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+        step = TrainingStep(model, [], optimizer)
+        step.iter = 0
+        if states:
+            step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            step.load_state_dict(states[0])
+            model.load_state_dict(states[1])
+            assert step.grad_scaler.get_scale() == 8  # a file without float16 has no scale
+        steps = range(2) if states else range(4)
+        for i in steps:
+            if i == 2 and not states:
+                states = copy.deepcopy((step.state_dict(), model.state_dict()))
+            model.weight.grad = (
+                torch.arange(108.0).view(4, 3, 3, 3).contiguous(memory_format=memory_format)
+            )
+            optimizer.step()
+        expected = model.weight.detach() if expected is None else expected
+    assert torch.equal(model.weight, expected)
+
+
+class LateTrainer(Trainer):
+    """Reports losses as on a GPU; its third iteration's activations aren't finite."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return torch.optim.SGD(model.parameters(), cfg.SOLVER.BASE_LR, momentum=0.9, fused=True)
+
+    def build_hooks(self):
+        def spoil(_, images):
+            return (images[0] * float("inf"),) if self.iter == 2 else None
+
+        self.model.backbone.register_forward_pre_hook(spoil)
+        return super().build_hooks()
+
+
+@needs_fused_sgd
+@pytest.mark.parametrize("max_iter", [3, 6])
+def test_what_late_losses_spoil_is_not_saved(tiny_cfg, max_iter):
+    """The update is masked, but BatchNorm's statistics aren't."""
+    cfg = tiny_cfg("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", max_iter)
+    with pytest.raises(FloatingPointError, match="iteration 2"):
+        train(cfg, LateTrainer)
+    assert saved(cfg) == {"model_0000000.pth", "model_0000001.pth"}
+    trainer = LateTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+
+
+@needs_fused_sgd
+def test_the_last_late_losses_are_logged(tiny_cfg):
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 2)
+    train(cfg, LateTrainer)
+    with open(f"{cfg.OUTPUT_DIR}/metrics.json") as file:
+        logged = [json.loads(line) for line in file]
+    assert [line["iteration"] for line in logged if "total_loss" in line] == [1]
+
+
+def test_a_failure_in_the_last_iteration_is_not_evaluated(tiny_cfg):
+    """Other processes would wait for this one, and it for them."""
+
+    class Failing(Trainer):
+        evaluations = 0
+
+        def run_step(self):
+            if self.iter == 1:
+                raise RuntimeError("failed")
+            super().run_step()
+
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            cls.evaluations += 1
+            return {}
+
+    with pytest.raises(RuntimeError, match="failed"):
+        train(tiny_cfg("SOLVER.MAX_ITER", 2), Failing)
+    assert Failing.evaluations == 0
+    train(tiny_cfg("SOLVER.MAX_ITER", 1), Failing)
+    assert Failing.evaluations == 1
 
 
 def test_exploding_loss_stops_a_run(tiny_cfg):

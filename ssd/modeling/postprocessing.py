@@ -240,7 +240,8 @@ def best_detections(
     if clip == "before_nms":
         boxes = clipped
         valid &= _has_area(clipped)
-    if boxes.is_cuda and cls.shape[1] <= _GPU_PAIRS:
+    # not again in a further attempt, which may have no more pairs than the first
+    if boxes.is_cuda and attempt == 0 and cls.shape[1] <= _GPU_PAIRS:
         kept, settled = _nms_without_waiting(boxes, cls, valid, nms_thresh)
     else:
         kept, settled = _nms_per_class(boxes, cls, valid, num_classes, nms_thresh), True

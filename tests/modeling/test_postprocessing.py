@@ -221,6 +221,29 @@ def test_more_boxes_than_one_nms_call_takes():
     assert torch.equal(results[0].scores, expected)
 
 
+def test_long_chains_of_overlapping_boxes_end_on_gpus(monkeypatch):
+    """With few boxes a further attempt has no more pairs than the first one."""
+    boxes = torch.tensor([[0.0, 10, 40, 50]]) + torch.arange(0, 80, 2.0)[:, None] * torch.tensor(
+        [1.0, 0, 1, 0]
+    )
+    scores = torch.linspace(0.9, 0.5, 40).view(1, 40, 1)  # each suppresses the next two
+    arguments = (scores, torch.zeros(1, 40, 4), boxes, (200, 200))
+    settings = dict(
+        group=torch.zeros(40, 1, dtype=torch.int64), num_groups=1, score_thresh=0.1,
+        topk_candidates=400, nms_thresh=0.8, detections_per_image=100, bbox_reg_weights=WEIGHTS,
+        bbox_reg_clamp="both",
+    )  # fmt: skip
+    (expected,) = detect(*arguments, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)  # the same operations as on a GPU
+        first = best_detections(*arguments, **settings)
+        second = best_detections(*arguments, attempt=1, **settings)
+        assert [int(x[3][0, 1]) for x in (first, second)] == [0, 1]
+        (found,) = detect(*arguments, **settings)
+    assert len(expected) == 14  # two of three overlap one before them
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
 def test_no_images_and_scores_that_are_not_numbers():
     scores, deltas, default_boxes = random_predictions()
     assert run_detect(scores[:0], deltas[:0], default_boxes) == []
