@@ -6,6 +6,7 @@ import os
 # GNU OpenMP's waiting threads spin by default; on CPUs they would take the loaders' cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 from ssd.checkpoint import SSDCheckpointer  # noqa: E402
@@ -37,6 +38,8 @@ def main(args):
         write_summary(cfg, results, trainer)
         if cfg.TEST.VIS_IMAGES:
             draw_detections(cfg, model)
+        if args.eval_only:  # a training has done so
+            verify_results(cfg, results)
     return results
 
 

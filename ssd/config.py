@@ -1,13 +1,14 @@
 """The config keys of SSD: each with its unit, default and source.
 
-Without effect are Detectron2's keys of other detectors, ``INPUT.CROP``, and, but for its own
-ResNets, ``MODEL.BACKBONE.FREEZE_AT``.
+``_WITHOUT_EFFECT`` names Detectron2's keys that have none here; ``MODEL.BACKBONE.FREEZE_AT`` counts
+for its own ResNets only.
 
 Only adds keys; a value of Detectron2's own that SSD needs otherwise (``MIN_SIZE_TEST``, the pixel
 mean, warm-up …) stands in ``labs/_base_/*.yaml``. The defaults here are SSD300 on COCO.
 """
 
 import difflib
+import functools
 import logging
 import os
 from typing import Sequence
@@ -272,9 +273,39 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU: MODEL.DEVICE is cpu instead of cuda")
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.META_ARCHITECTURE == "SSD":
+        _warn_of_keys_without_effect(cfg)
     register_datasets(cfg)
     cfg.freeze()
     return cfg
+
+
+# Detectron2's keys, or groups of them, that SSD, its mapper and its loaders don't read.
+_WITHOUT_EFFECT = (
+    "MODEL.MASK_ON MODEL.KEYPOINT_ON MODEL.LOAD_PROPOSALS MODEL.ANCHOR_GENERATOR.SIZES "
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS MODEL.ANCHOR_GENERATOR.ANGLES "
+    "MODEL.ANCHOR_GENERATOR.OFFSET MODEL.PROPOSAL_GENERATOR MODEL.RPN MODEL.ROI_HEADS "
+    "MODEL.ROI_BOX_HEAD MODEL.RETINANET INPUT.MIN_SIZE_TRAIN INPUT.MAX_SIZE_TRAIN INPUT.CROP "
+    "DATALOADER.ASPECT_RATIO_GROUPING DATALOADER.REPEAT_THRESHOLD DATALOADER.REPEAT_SQRT "
+    "TEST.AUG.MIN_SIZES TEST.AUG.MAX_SIZE"
+).split()
+
+
+def _warn_of_keys_without_effect(cfg: CN) -> None:
+    default = get_cfg()
+    keys = [
+        key
+        for key in _flat_keys(default)
+        if any(f"{key}.".startswith(f"{x}.") for x in _WITHOUT_EFFECT)
+        and not isinstance(_value(default, key), CN)
+        and _value(cfg, key) != _value(default, key)
+    ]
+    if keys:
+        logging.getLogger(__name__).warning("Without effect on an SSD: %s", ", ".join(keys))
+
+
+def _value(cfg: CN, key: str):
+    return functools.reduce(getattr, key.split("."), cfg)
 
 
 def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:

@@ -39,7 +39,7 @@ from ssd.checkpoint.checkpointer import write_atomically
 from ssd.config import load_config
 from ssd.data.augmentations import build_augmentation
 from ssd.data.datasets import check_class_count
-from ssd.data.loader import build_test_loader, build_train_loader
+from ssd.data.loader import RunSampler, build_test_loader, build_train_loader, num_images
 from ssd.data.mapper import SSDDatasetMapper, read_image
 from ssd.drawing import draw_instances
 from ssd.evaluation import build_evaluator, metric_names
@@ -192,7 +192,7 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         for name in cfg.DATASETS.TEST:
             self.build_test_loader(cfg, name)  # what is missing shows before the training
-        cfg = schedule_in_iterations(cfg, data_loader.dataset.num_images)
+        cfg = schedule_in_iterations(cfg, num_images(data_loader))
         model = self.build_model(cfg)
         if not (cfg.MODEL.WEIGHTS or all(x.requires_grad for x in model.parameters())):
             logger.warning(
@@ -230,7 +230,11 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
-        self._trainer.data_loader.sampler.start_iter = self.start_iter
+        sampler = getattr(self._trainer.data_loader, "sampler", None)
+        if isinstance(sampler, RunSampler):
+            sampler.start_iter = self.start_iter
+        elif self.start_iter:
+            logger.warning("The training loader isn't ssd's: its samples start anew")
 
     def before_train(self) -> None:
         # before all else, for ssd.metrics
@@ -296,6 +300,11 @@ class Trainer(DefaultTrainer):
         ret = [evaluation if isinstance(x, EvalHook) else x for x in ret]
         if self._average:  # first, for what saves and evaluates after a step
             ret.insert(0, self._average)
+            if test.PRECISE_BN.ENABLED:
+                logger.warning(
+                    "TEST.PRECISE_BN changes the trained weights' BatchNorm only, evaluations use "
+                    "the averaged weights (SOLVER.EMA)"
+                )
         if test.AUG.ENABLED:
             ret.append(Evaluation(0, evaluate_with_tta))
         if test.LOSS_PERIOD:

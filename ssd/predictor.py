@@ -1,12 +1,11 @@
 """Detections of images, with the weights of any lineage."""
 
-import os
 from typing import Dict, List, Sequence, Union
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -14,7 +13,7 @@ from detectron2.structures import Instances
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
-from ssd.checkpoint.classes import known_classes
+from ssd.checkpoint.classes import dataset_classes, known_classes, same_classes
 from ssd.inference import optimize
 
 __all__ = ["Predictor"]
@@ -26,8 +25,9 @@ class Predictor(DefaultPredictor):
     Attributes:
         cfg: a copy of the config.
         model: in evaluation mode, see :func:`ssd.inference.optimize`.
-        metadata: of ``DATASETS.TEST``'s first data set, if there is one, with the class names of
-            its JSON; if that isn't there, with COCO's or VOC's for as many classes.
+        metadata: of ``DATASETS.TEST``'s first data set, if that is there and has the classes of the
+            weights; else with the class names in the weights' file; if there are none, COCO's or
+            VOC's for foreign weights of as many classes, or "class 0", "class 1", ….
 
     Example::
 
@@ -48,10 +48,10 @@ class Predictor(DefaultPredictor):
         # Not DefaultPredictor's: its checkpointer reads no other lineage's files.
         self.cfg = cfg.clone()
         model = build_model(self.cfg)
-        SSDCheckpointer(model, cfg=self.cfg, strict=True).load(cfg.MODEL.WEIGHTS)
+        checkpointer = SSDCheckpointer(model, cfg=self.cfg, strict=True)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
         self.model = optimize(model.eval(), self.cfg)
-        if cfg.DATASETS.TEST:
-            self.metadata = _metadata(cfg.DATASETS.TEST[0], cfg.MODEL.SSD.NUM_CLASSES)
+        self.metadata = _metadata(self.cfg, checkpointer)
         side = cfg.INPUT.MIN_SIZE_TEST  # 0 in the labs: the model itself resizes, on its device
         self.aug = ResizeShortestEdge([side, side], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
@@ -96,15 +96,18 @@ class Predictor(DefaultPredictor):
             return self.model(inputs)
 
 
-def _metadata(name: str, num_classes: int) -> Metadata:
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("thing_classes"):
-        return metadata
-    if os.path.isfile(metadata.get("json_file", "")):
-        DatasetCatalog.get(name)  # sets the names
-        return metadata
-    names = known_classes(num_classes)
+def _metadata(cfg: CfgNode, checkpointer: SSDCheckpointer) -> Metadata:
+    count, trained_on = cfg.MODEL.SSD.NUM_CLASSES, checkpointer.classes
+    if trained_on and len(trained_on) != count:
+        trained_on = None
+    for name in cfg.DATASETS.TEST[:1]:
+        names = dataset_classes(name)
+        if names and len(names) == count and same_classes(names, trained_on or names):
+            return MetadataCatalog.get(name)
+    if trained_on:
+        return Metadata(thing_classes=trained_on)
+    names = known_classes(count) if checkpointer.lineage else None
     if not names:
-        return metadata
-    labels = {i + 1: i for i in range(90)} if len(names) == 90 else None  # class i is COCO's i + 1
+        return Metadata(thing_classes=[f"class {i}" for i in range(count)])
+    labels = {i + 1: i for i in range(90)} if count == 90 else None  # class i is COCO's i + 1
     return Metadata(thing_classes=names, thing_dataset_id_to_contiguous_id=labels)

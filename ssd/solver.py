@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Optional
 
 import torch
 from detectron2.solver import LRMultiplier
@@ -43,7 +44,7 @@ def epoch_length(num_images: int, repeat: int, ims_per_batch: int) -> int:
     return math.ceil(num_images * repeat / ims_per_batch)
 
 
-def schedule_in_iterations(cfg, num_images: int):
+def schedule_in_iterations(cfg, num_images: Optional[int]):
     """The config with MAX_ITER and STEPS that follow from MAX_EPOCHS and STEPS_EPOCHS.
 
     Epochs are passes over the data, also with REPEAT_DATASET: MMDetection's 24 epochs of a data
@@ -51,12 +52,12 @@ def schedule_in_iterations(cfg, num_images: int):
     :func:`epoch_length` iterations. Without MAX_EPOCHS the config comes back as it is.
 
     Args:
-        num_images: see :func:`epoch_length`.
+        num_images: see :func:`epoch_length`; None if not known.
 
     Raises:
-        ValueError: no iteration at all, a number of epochs that isn't a multiple of
-            REPEAT_DATASET, steps that don't increase or lie behind the end, or another COSINE_STEP
-            than "iteration" or "epoch".
+        ValueError: MAX_EPOCHS with an unknown number of images, no iteration at all, a number of
+            epochs that isn't a multiple of REPEAT_DATASET, steps that don't increase or lie behind
+            the end, or another COSINE_STEP than "iteration" or "epoch".
     """
     solver = cfg.SOLVER
     if solver.COSINE_STEP not in ("iteration", "epoch"):
@@ -69,6 +70,11 @@ def schedule_in_iterations(cfg, num_images: int):
                 "SOLVER.STEPS_EPOCHS and COSINE_STEP have no effect while SOLVER.MAX_EPOCHS is 0"
             )
         return cfg
+    if num_images is None:
+        raise ValueError(
+            "SOLVER.MAX_EPOCHS needs ssd's training loader, whose number of images is known: set "
+            "SOLVER.MAX_ITER and STEPS instead, and MAX_EPOCHS 0"
+        )
     length = epoch_length(num_images, solver.REPEAT_DATASET, solver.IMS_PER_BATCH)
     epochs = [*solver.STEPS_EPOCHS, solver.MAX_EPOCHS]
     if any(later <= earlier for earlier, later in zip([0, *epochs], epochs)) or any(

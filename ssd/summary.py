@@ -15,6 +15,8 @@ import torchvision
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
+from ssd.data.loader import num_images
+
 __all__ = ["holds_training", "write_summary"]
 
 logger = logging.getLogger(__name__)
@@ -68,18 +70,19 @@ def _model(cfg) -> str:
 
 def _training(trainer) -> List[Tuple[str, str]]:
     cfg = trainer.cfg
-    images = trainer.data_loader.dataset.num_images
+    images = num_images(trainer.data_loader)
     batch = cfg.SOLVER.IMS_PER_BATCH
     time = str(timedelta(seconds=round(trainer.seconds)))
     if trainer.start_iter:
         time += f" for those from {trainer.start_iter} on, after a resume"
-    iterations = (
-        f"{trainer.max_iter} of batch {batch} (epochs: {trainer.max_iter * batch / images:.1f})"
-    )
+    iterations, trained_on = f"{trainer.max_iter} of batch {batch}", ", ".join(cfg.DATASETS.TRAIN)
+    if images:
+        iterations += f" (epochs: {trainer.max_iter * batch / images:.1f})"
+        trained_on += f" ({images} images)"
     if trainer.max_iter < cfg.SOLVER.MAX_ITER:
         iterations += f", stopped early; planned: {cfg.SOLVER.MAX_ITER}"
     facts = [
-        ("trained on", f"{', '.join(cfg.DATASETS.TRAIN)} ({images} images)"),
+        ("trained on", trained_on),
         ("started from", f"`{cfg.MODEL.WEIGHTS}`" if cfg.MODEL.WEIGHTS else "random weights"),
         ("iterations", iterations),
         ("learning rate", f"{cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.LR_SCHEDULER_NAME}"),

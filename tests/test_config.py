@@ -141,3 +141,16 @@ def test_yaml_that_would_run_code_is_refused(tmp_path, tag, in_base):
     with pytest.raises(yaml.constructor.ConstructorError):
         load_config(path)
     assert not mark.exists()
+
+
+def test_keys_without_effect_are_named(repo, caplog):
+    quickstart = str(repo / "labs/quickstart/config.yaml")
+    load_config(quickstart)
+    assert "Without effect" not in caplog.text
+    load_config(quickstart, ["MODEL.RETINANET.NUM_CLASSES", 5, "INPUT.CROP.ENABLED", True])
+    assert (
+        "Without effect on an SSD: MODEL.RETINANET.NUM_CLASSES, INPUT.CROP.ENABLED" in caplog.text
+    )
+    caplog.clear()
+    load_config("", ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5])
+    assert "Without effect" not in caplog.text

@@ -15,7 +15,6 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"(?ms)^```.*?^```|`[^`\n]*`")
 # Of the messages that docs/troubleshooting.md explains, as the source has them.
 MESSAGES = [
-    " holds no image: ",
     " classes start from those of ",
     "the name of a class of MODEL.WEIGHTS",
     "MODEL.WEIGHTS doesn't fill the model: ",
@@ -23,7 +22,7 @@ MESSAGES = [
     ": no download from ",
     " into the current folder, ",
     " is neither in DATASETS.REGISTER nor known ",
-    "names and order must agree (DATASETS.REGISTER.",
+    "names and order must agree (",
     "cx cy w h aren't fractions from 0 to 1",
     " pixels, but its ",
     " is truncated (",

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -21,6 +21,7 @@ from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
 from ssd.engine import Trainer, TrainingStep, argument_parser, draw_detections, launch, setup
 from ssd.hooks import WeightAverage
+from ssd.summary import write_summary
 
 PLAIN = (
     "INPUT.PHOTOMETRIC.ENABLED False INPUT.EXPAND.ENABLED False INPUT.IOU_CROP.ENABLED False "
@@ -207,6 +208,25 @@ def test_what_late_losses_spoil_is_not_saved(tiny_cfg, max_iter):
     trainer = LateTrainer(cfg)
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 2
+
+
+def test_detectron2s_loader(tiny_cfg, caplog):
+    """Detectron2's most usual change: a Trainer with its loader and mapper."""
+
+    class Own(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 2)
+    trainer = train(cfg, Own)
+    assert "2 of batch 4 |" in open(write_summary(cfg, {}, trainer)).read()
+    assert "start anew" not in caplog.text
+    trainer = Own(tiny_cfg("SOLVER.MAX_ITER", 4))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2 and "its samples start anew" in caplog.text
+    with pytest.raises(ValueError, match="SOLVER.MAX_EPOCHS needs ssd's training loader"):
+        Own(tiny_cfg("SOLVER.MAX_EPOCHS", 2))
 
 
 @needs_fused_sgd

@@ -92,12 +92,36 @@ def test_class_names_are_read_from_the_test_sets_json(cfg, datasets_folder):
     assert metadata.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(6)}
 
 
-def test_a_lab_without_a_data_set_has_no_metadata(cfg, image):
+def test_class_names_of_a_lab_without_a_data_set(cfg, image, tmp_path):
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATASETS.TEST = ()
-    predictor = ssd.Predictor(cfg)
-    assert not hasattr(predictor, "metadata") and len(predictor(image)["instances"])
+    for names in ((), ("nowhere",)):  # neither registered
+        cfg.DATASETS.TEST = names
+        predictor = ssd.Predictor(cfg)
+        assert len(predictor(image)["instances"])
+        assert predictor.metadata.thing_classes == [f"class {i}" for i in range(6)]
+    data = torch.load(tmp_path / "model.pth", weights_only=True)
+    torch.save({**data, "classes": list("abcdef")}, tmp_path / "model.pth")
+    assert ssd.Predictor(cfg).metadata.thing_classes == list("abcdef")
+
+
+def test_the_weights_own_class_names_count(cfg, datasets_folder, tmp_path, caplog):
+    """What an output means follows from what it was trained on."""
+    names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
+    data = torch.load(tmp_path / "model.pth", weights_only=True)
+    for trained_on, differ in ((names, False), (names[::-1], True)):
+        caplog.clear()
+        torch.save({**data, "classes": list(trained_on)}, tmp_path / "model.pth")
+        assert ssd.Predictor(cfg).metadata.thing_classes == trained_on
+        assert ("was trained on the classes" in caplog.text) == differ
+
+
+def test_own_weights_of_twenty_classes_are_not_vocs(cfg, tmp_path):
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.SSD.NUM_CLASSES, cfg.DATASETS.TEST = 20, ()
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    assert ssd.Predictor(cfg).metadata.thing_classes[0] == "class 0"
 
 
 def test_averaged_weights_are_taken_as_in_evaluation(cfg, tmp_path):

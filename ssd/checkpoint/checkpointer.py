@@ -2,13 +2,19 @@
 
 import logging
 import os
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ssd.checkpoint.classes import carry_rows, known_classes, match_classes, parse_class_map
+from ssd.checkpoint.classes import (
+    carry_rows,
+    dataset_classes,
+    known_classes,
+    match_classes,
+    parse_class_map,
+    same_classes,
+)
 from ssd.checkpoint.files import read_file
 from ssd.checkpoint.lineage import Lineage, State, count_classes, predictors
 from ssd.checkpoint.published import BACKBONES
@@ -30,7 +36,12 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     Reads our own files and those of every lineage in docs/checkpoints.md, detectors and backbones,
     recognised by their parameters' names. It says in one line what it found and did, and warns
-    where the config has other default boxes or another input than the weights were made with.
+    where the config has other default boxes, another input or other classes than the weights were
+    made with.
+
+    Attributes:
+        classes: names of the classes of the file that was read last; None if it holds none.
+        lineage: of that file; None if it has our own names.
     """
 
     def __init__(self, model, save_dir: str = "", *, cfg=None, strict: bool = False, **kwargs):
@@ -47,6 +58,8 @@ class SSDCheckpointer(DetectionCheckpointer):
         self._strict = strict
         self._use_average = bool(strict and cfg and cfg.SOLVER.EMA.ENABLED)
         self._resuming = False
+        self.classes: Optional[List[str]] = None
+        self.lineage: Optional[Lineage] = None
 
     def load(self, path: str, checkpointables: Optional[Iterable[str]] = None) -> Dict[str, Any]:
         """See :class:`DetectionCheckpointer`.
@@ -106,10 +119,12 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Dict[str, Any]):
         state, found = self._to_ours(checkpoint)
-        classes = class_names(checkpoint)
+        self.classes = class_names(checkpoint)
         checkpoint.pop("classes", None)
-        if not self._strict and not self._resuming:
-            state = self._carry_classes(state, classes, found)
+        if self._strict or self._resuming:
+            self._check_classes()
+        else:
+            state = self._carry_classes(state, found)
         own = self.model.state_dict()
         for name, value in state.items():
             if name in own and value.is_floating_point() and not value.isfinite().all():
@@ -143,6 +158,7 @@ class SSDCheckpointer(DetectionCheckpointer):
         """A file's weights by our names, and what they are; warns where the config doesn't fit."""
         self._advice = ""
         state, lineage = identify(checkpoint)
+        self.lineage = lineage
         if lineage is None:
             return state, "weights"
         cfg = self._cfg
@@ -174,7 +190,18 @@ class SSDCheckpointer(DetectionCheckpointer):
                 lineage.title, "; ".join(others), self._advice,
             )  # fmt: skip
 
-    def _carry_classes(self, state: State, source: Optional[Sequence[str]], found: str) -> State:
+    def _check_classes(self) -> None:
+        """Warns if the data set's classes aren't those that the weights were trained on."""
+        names = _class_names(self._cfg)
+        if self.classes and names and len(self.classes) == len(names):
+            if not same_classes(self.classes, names):
+                logger.warning(
+                    "MODEL.WEIGHTS was trained on the classes %s, but the data set's are %s: each "
+                    "counts as the one in its place",
+                    _first(self.classes, 10), _first(names, 10),
+                )  # fmt: skip
+
+    def _carry_classes(self, state: State, found: str) -> State:
         """The rows of matching classes in the class predictors of a file with other classes."""
         cfg, own = self._cfg, self.model.state_dict()
         pairs = {cls: box for cls, box in predictors(state).items() if f"{cls}.bias" in own}
@@ -182,15 +209,25 @@ class SSDCheckpointer(DetectionCheckpointer):
             return state
         cls, box = next(iter(pairs.items()))
         num_source, num_target = count_classes(state, cls, box), cfg.MODEL.SSD.NUM_CLASSES
-        source = source if source and len(source) == num_source else known_classes(num_source)
+        source = self.classes
+        if not (source and len(source) == num_source):
+            # a foreign detector's are most likely the usual ones; one's own could be any
+            source = known_classes(num_source) if self.lineage else None
         if cfg.MODEL.SSD.CLASS_MAP:
             rows = parse_class_map(cfg.MODEL.SSD.CLASS_MAP, source, num_source, num_target)
         else:
             target = _class_names(cfg)
             if not (source and target):
+                if target and num_source != num_target:
+                    logger.warning(
+                        "The names of the %d classes of MODEL.WEIGHTS aren't known: MODEL.SSD."
+                        "CLASS_MAP says which of them the classes start from, otherwise all are "
+                        "fresh", num_source,
+                    )  # fmt: skip
                 return state
             rows = match_classes(source, target)
-            if num_source == num_target and -1 in rows:
+            in_place = all(row in (-1, number) for number, row in enumerate(rows))
+            if num_source == num_target and in_place:
                 return state  # as it is, for classes renamed
         if max(rows) < 0 or (num_source == num_target and rows == list(range(num_target))):
             return state
@@ -214,9 +251,9 @@ def _class_names(cfg) -> Optional[List[str]]:
     """Names of the config's classes, if its data set is known and has as many."""
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if cfg else []
     for name in names:
-        classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
+        classes = dataset_classes(name)
         if classes and len(classes) == cfg.MODEL.SSD.NUM_CLASSES:
-            return list(classes)
+            return classes
     return None
 
 

@@ -9,11 +9,19 @@ import re
 from typing import List, Optional, Sequence, Union
 
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from torch import Tensor
 
-__all__ = ["carry_rows", "known_classes", "match_classes", "parse_class_map"]
+__all__ = [
+    "carry_rows",
+    "dataset_classes",
+    "known_classes",
+    "match_classes",
+    "parse_class_map",
+    "same_classes",
+]
 
 # Names of one class in VOC, COCO, Objects365, Open Images, LVIS, BDD, …, misspelt as they are
 # there. Only what surely means the same: a pedestrian or a rider isn't any person.
@@ -70,6 +78,29 @@ def known_classes(count: int) -> Optional[List[str]]:
     if count == 90:
         return [names.get(number, "") for number in range(1, 91)]
     return list(VOC_CLASSES) if count == 20 else None
+
+
+def dataset_classes(name: str) -> Optional[List[str]]:
+    """``thing_classes`` of a registered data set, which is read if they aren't known before.
+
+    Returns:
+        None if there is no such data set, it can't be read, or has no names.
+    """
+    if name not in DatasetCatalog:
+        return None
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        try:
+            DatasetCatalog.get(name)
+        except (OSError, ValueError):  # its files aren't here
+            return None
+    names = metadata.get("thing_classes")
+    return list(names) if names else None
+
+
+def same_classes(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether two lists name the same classes in the same order, see :func:`match_classes`."""
+    return list(map(_key, first)) == list(map(_key, second))
 
 
 def match_classes(source: Sequence[str], target: Sequence[str]) -> List[int]:

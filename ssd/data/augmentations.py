@@ -365,7 +365,9 @@ class ImageSize(AugInput):
         elif isinstance(tfm, WarpTransform):
             self.warp = self.warp.then(tfm)
         else:
-            raise ValueError(f"ComposedWarp can't compose {tfm}")
+            raise ValueError(
+                f"ComposedWarp can't compose {tfm}; Detectron2's DatasetMapper takes any"
+            )
 
 
 def _place(sides: np.ndarray, size: Tuple[int, int]) -> np.ndarray:

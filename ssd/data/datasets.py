@@ -117,21 +117,29 @@ def check_class_count(cfg: CfgNode) -> None:
                     f"DATASETS.{key}: data set {name!r} is neither in DATASETS.REGISTER nor known "
                     f"to Detectron2{_hint(name, DatasetCatalog.list())}"
                 )
-            if MetadataCatalog.get(name).get("thing_classes") is None:
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("thing_classes") is None:
                 DatasetCatalog.get(name)
-            classes = list(MetadataCatalog.get(name).thing_classes)
+            if metadata.get("thing_classes") is None:
+                raise ValueError(
+                    f"data set {name!r} has no class names: "
+                    f"MetadataCatalog.get({name!r}).thing_classes = [...] where it is registered"
+                )
+            classes = list(metadata.thing_classes)
+            where = f"MetadataCatalog.get({name!r}).thing_classes"
+            if name in _registered:
+                where = f"DATASETS.REGISTER.{name}.CLASSES"
             if len(classes) != cfg.MODEL.SSD.NUM_CLASSES:
                 raise ValueError(
                     f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:10])}"
                     f"{', …' if len(classes) > 10 else ''}) but MODEL.SSD.NUM_CLASSES is "
-                    f"{cfg.MODEL.SSD.NUM_CLASSES}; change this key or "
-                    f"DATASETS.REGISTER.{name}.CLASSES"
+                    f"{cfg.MODEL.SSD.NUM_CLASSES}; change this key or {where}"
                 )
             first = first or (name, classes)
             if classes != first[1]:
                 raise ValueError(
                     f"the classes of data set {name!r}, {classes}, aren't those of {first[0]!r}, "
-                    f"{first[1]}: names and order must agree (DATASETS.REGISTER.{name}.CLASSES)"
+                    f"{first[1]}: names and order must agree ({where})"
                 )
 
 
@@ -156,6 +164,9 @@ def find_box_defects(dataset_dicts: Sequence[dict], class_names: Sequence[str] =
             box = annotation.get("bbox")
             if not (isinstance(box, (list, tuple, np.ndarray)) and len(box) == 4):
                 text = f"object {index} has bbox {box!r}, expected 4 numbers"
+                raise ValueError(f"{record['file_name']}: {text}")
+            if "bbox_mode" not in annotation:
+                text = f"object {index} has no bbox_mode, expected BoxMode.XYXY_ABS or XYWH_ABS"
                 raise ValueError(f"{record['file_name']}: {text}")
         for index, box in enumerate(xyxy_boxes(annotations).tolist()):
             defect = _box_defect(box, record)
@@ -186,8 +197,9 @@ def _box_defect(box: Sequence[float], record: dict) -> str:
     for side, length in (("width", x2 - x1), ("height", y2 - y1)):
         if length <= 0:
             return f"has {'negative' if length < 0 else 'zero'} {side}: {box}"
-    if x2 <= 0 or y2 <= 0 or x1 >= record["width"] or y1 >= record["height"]:
-        return f"lies outside the image of {record['width']}x{record['height']}: {box}"
+    width, height = record.get("width", math.inf), record.get("height", math.inf)
+    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+        return f"lies outside the image of {width}x{height}: {box}"
     return ""
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "SampleStream",
     "build_test_loader",
     "build_train_loader",
+    "num_images",
 ]
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,16 @@ class SampleStream(torch.utils.data.Dataset):
         """
         with _restored_generators():
             if not self._in_two_steps:
-                return [self._mapper(self._seeded_dict(number)) for number in numbers]
+                return [self._map(number) for number in numbers]
             drawn = [self._mapper.draw(self._seeded_dict(number)) for number in numbers]
         return [self._mapper.load(*x) for x in drawn]
+
+    def _map(self, number: int) -> dict:
+        """The mapper's sample; of the next image if it refuses one with None, as in Detectron2."""
+        for other in range(number, number + len(self._dataset)):
+            if (sample := self._mapper(self._seeded_dict(other))) is not None:
+                return sample
+        raise ValueError("the mapper gives None for each image of DATASETS.TRAIN")
 
     def _seeded_dict(self, number: int) -> dict:
         """The n-th dict of the run, with the global generators seeded for its augmentation."""
@@ -142,8 +150,8 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
             dataset = get_detection_dataset_dicts(
                 cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
             )
-    except AssertionError as error:  # one of them has no image
-        raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} holds no image: {error}") from None
+    except AssertionError as error:  # no image in one of them, or an invalid category_id
+        raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error}") from None
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
     defects = find_box_defects(dataset, classes)
     for line in defects[:20]:
@@ -166,6 +174,11 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
         pin_memory=workers > 0 and cfg.MODEL.DEVICE.startswith("cuda"),
         worker_init_fn=_init_worker,
     )
+
+
+def num_images(loader) -> Optional[int]:
+    """Of a training loader's data set; None for a loader of one's own."""
+    return getattr(getattr(loader, "dataset", None), "num_images", None)
 
 
 def build_test_loader(cfg, dataset_name: str, mapper: Optional[Callable] = None):

@@ -11,6 +11,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data.transforms import Augmentation
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.file_io import PathManager
 from fvcore.transforms.transform import Transform
 
 from ssd.data.augmentations import ImageSize, build_augmentation
@@ -135,7 +136,7 @@ def read_image(
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT: 'RGB' or 'BGR', got {image_format!r}")
     try:
-        with open(file_name, "rb") as file:
+        with PathManager.open(file_name, "rb") as file:
             data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(

@@ -96,7 +96,7 @@ class SSD(DenseDetector):
         # on the device: a list would have to be copied there in each step
         weights = torch.tensor(bbox_reg_weights)
         self.register_buffer("bbox_reg_weights", weights, persistent=False)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
         self.to(memory_format=self.memory_format)
 
         boxes = default_box_generator.per_level(self._feature_map_sizes())
@@ -130,6 +130,11 @@ class SSD(DenseDetector):
         backbone = build_backbone(cfg)
         shapes = list(backbone.output_shape().values())
         generator = build_anchor_generator(cfg, shapes)
+        if not hasattr(generator, "per_level"):
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.NAME {cfg.MODEL.ANCHOR_GENERATOR.NAME!r} has no method "
+                "per_level, expected 'DefaultBoxGenerator'; labs/_base_ has all that an SSD needs"
+            )
         head_args = ([s.channels for s in shapes], generator.num_anchors, ssd.NUM_CLASSES)
         if ssd.HEAD == "conv":
             head = SSDHead(*head_args)
@@ -175,6 +180,11 @@ class SSD(DenseDetector):
         }
 
     def forward(self, batched_inputs: List[Dict]):
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace can't follow the search for detections: trace backbone and head "
+                "(tools/analyze_model.py counts operations)"
+            )
         images = self.preprocess_image(batched_inputs)
         if self.training:
             features = self.backbone(images.tensor)
@@ -213,6 +223,10 @@ class SSD(DenseDetector):
         boxes, settings = self.default_boxes, self._detection_settings()
         return self.first_detections(logits, deltas, boxes, self.input_size, output, **settings)
 
+    @property
+    def memory_format(self) -> torch.memory_format:  # as an attribute torch.save couldn't write it
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Resizes where needed, batches and normalises; keeps the sizes of the given images."""
         images = [x["image"] for x in batched_inputs]
@@ -221,6 +235,8 @@ class SSD(DenseDetector):
             batch = self._resize(self._stack(images))
         else:
             batch = torch.cat([self._resize(self._stack([image])) for image in images])
+        if batch.is_floating_point():  # resized, in float32
+            batch = batch.to(self.pixel_mean.dtype)
         batch = (batch - self.pixel_mean).div_(self.pixel_std)
         return ImageList(batch.contiguous(memory_format=self.memory_format), sizes)
 
@@ -351,15 +367,19 @@ class SSD(DenseDetector):
         return F.interpolate(images.float(), self.input_size, mode="bilinear", align_corners=False)
 
     def _feature_map_sizes(self) -> List[Tuple[int, int]]:
-        """(height, width) of each level's map, from a run without data (torch's meta device)."""
+        """(height, width) of each level's map, from a run without data (torch's meta device), or
+        with zeros for a backbone that makes tensors of its own or reads numbers."""
         tensors = [*self.backbone.named_parameters(), *self.backbone.named_buffers()]
         state = {name: x.to("meta") for name, x in tensors}
-        image = torch.empty(1, len(self.pixel_mean), *self.input_size, device="meta")
+        image = torch.zeros(1, len(self.pixel_mean), *self.input_size, device=self.device)
         training = self.backbone.training
         self.backbone.eval()
         try:
             with torch.no_grad():
-                features = torch.func.functional_call(self.backbone, state, image)
+                try:
+                    features = torch.func.functional_call(self.backbone, state, image.to("meta"))
+                except RuntimeError:
+                    features = self.backbone(image)
         except RuntimeError as error:
             raise ValueError(
                 f"MODEL.SSD.INPUT_SIZE {self.input_size} doesn't suit the backbone and "

@@ -409,6 +409,7 @@ FINE_TUNED = {  # source and target classes: for each target class its source
     "another order": ("abc", "cab", [2, 0, 1]),
     "fewer": ("abc", "cb", [2, 1]),
     "more": ("abc", "cxaby", [2, None, 0, 1, None]),
+    "another order and name": ("abc", "cay", [2, 0, None]),
 }
 
 
@@ -462,13 +463,14 @@ def test_own_classes_are_matched_by_name(tmp_path, classed, log, kind):
     assert_rows(model, source.state_dict(), fresh, rows)
     known = len(rows) - rows.count(None)
     text = f"{known} of {len(rows)} classes start from those of weights"
-    assert text + ("; fresh: x, y" if None in rows else "") in log.messages
+    fresh = [name for name, row in zip(ours, rows) if row is None]
+    assert text + (f"; fresh: {', '.join(fresh)}" if fresh else "") in log.messages
 
 
 def test_renamed_classes_of_equal_number_are_kept(tmp_path, classed):
     cfg, source = classed("abc")
     SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
-    cfg, model = classed("cax", 1)
+    cfg, model = classed("axc", 1)
     SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
     assert same(model.state_dict(), source.state_dict())
 
@@ -504,24 +506,41 @@ def test_a_class_map_that_does_not_fit_is_an_error(tmp_path, classed):
         SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
 
 
-def test_resuming_maps_no_classes(tmp_path, classed):
+def test_own_weights_without_names_are_nobodys(tmp_path, classed, log):
+    """Twenty classes of one's own aren't VOC's."""
+    names = ["person", "car", *map(str, range(18))]
+    _, source = classed(names)
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    cfg, model = classed(["car", "person", "x"], 1)
+    fresh = copied(model)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    name = "head.cls_predictors.0.1.bias"
+    assert torch.equal(model.state_dict()[name], fresh[name])
+    assert "names of the 20 classes of MODEL.WEIGHTS aren't known" in log.text
+
+
+def test_resuming_maps_no_classes(tmp_path, classed, log):
     cfg, source = classed("abc")
     SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
     cfg, model = classed("cab", 1, "MODEL.SSD.CLASS_MAP", [2, 1, 0])
     SSDCheckpointer(model, str(tmp_path), cfg=cfg).resume_or_load("", resume=True)
     assert same(model.state_dict(), source.state_dict())
+    assert "was trained on the classes a, b, c, but the data set's are c, a, b" in log.text
 
 
 @pytest.mark.parametrize("class_map", [[], [2, 1]])
-def test_evaluation_maps_no_classes(tmp_path, classed, class_map):
+def test_evaluation_maps_no_classes(tmp_path, classed, class_map, log):
     cfg, source = classed("abc")
     SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
     cfg, model = classed("cb", 1, "MODEL.SSD.CLASS_MAP", class_map)
     with pytest.raises(ValueError, match=r"head\.cls_predictors.*MODEL\.SSD\.NUM_CLASSES"):
         SSDCheckpointer(model, cfg=cfg, strict=True).load(str(tmp_path / "model.pth"))
-    cfg, model = classed("cab", 1)
-    SSDCheckpointer(model, cfg=cfg, strict=True).load(str(tmp_path / "model.pth"))
-    assert same(model.state_dict(), source.state_dict())
+    assert "was trained on" not in log.text
+    for names in ("abc", "cab"):
+        cfg, model = classed(names, 1)
+        SSDCheckpointer(model, cfg=cfg, strict=True).load(str(tmp_path / "model.pth"))
+        assert same(model.state_dict(), source.state_dict())
+        assert ("was trained on the classes a, b, c" in log.text) == (names == "cab")
 
 
 @pytest.mark.parametrize("classes", [["a", "b"], list("dbca"), 3, "abc", [1, 2, 3], {"a": 1}])

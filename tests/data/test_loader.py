@@ -8,6 +8,7 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
@@ -20,6 +21,8 @@ from ssd.data.loader import (
 )
 from ssd.data.mapper import SSDDatasetMapper
 from ssd.data.shapes import CLASSES
+
+PLAIN_CHAIN = "INPUT.EXPAND.ENABLED False INPUT.IOU_CROP.ENABLED False".split()
 
 
 def batches(cfg, count, start_iter=0):
@@ -172,6 +175,45 @@ def test_a_mapper_of_ones_own_is_called(tiny_cfg):
     stock = build_train_loader(tiny_cfg()).dataset
     for a, b in zip(own.__getitems__([0, 1]), stock.__getitems__([0, 1])):
         assert plain(a) == plain(b) and 0 <= a["drawn"] < 1
+
+
+def test_a_mapper_may_refuse_images():
+    dataset = [{"number": i} for i in range(10)]
+    some = SampleStream(dataset, lambda x: x["number"] if x["number"] > 5 else None, seed=1)
+    assert {n for n in some.__getitems__(range(20))} == {6, 7, 8, 9}
+    assert some.__getitems__([4, 5]) == some.__getitems__([4, 5])
+    with pytest.raises(ValueError, match="None for each image"):
+        SampleStream(dataset, lambda x: None, seed=1)[0]
+
+
+def test_images_of_unknown_size(tiny_cfg, register, datasets_folder):
+    """As Detectron2 takes them in training."""
+    annotation = {"bbox": [5, 5, 90, 90], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    images = sorted((datasets_folder / "shapes/train").rglob("*.jpg"))
+    dicts = [{"file_name": str(path), "annotations": [annotation]} for path in images]
+    name = register(dicts, CLASSES)
+    cfg = tiny_cfg("DATASETS.TRAIN", (name,), "DATASETS.TEST", (), *PLAIN_CHAIN)
+    for sample in next(iter(build_train_loader(cfg))):
+        assert sample["image"].shape == (3, 96, 96) and len(sample["instances"]) == 1
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("category_id", 6, r"DATASETS.TRAIN \('t_registered_0',\): .*category_id=6"),
+    ("bbox_mode", None, "a.jpg: object 0 has no bbox_mode"),
+])  # fmt: skip
+def test_defects_of_ones_own_dicts_are_named(tiny_cfg, register, key, value, message):
+    annotation = {"bbox": [5, 5, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    annotation = {k: x for k, x in {**annotation, key: value}.items() if x is not None}
+    name = register([{"file_name": "a.jpg", "annotations": [annotation]}], CLASSES)
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(tiny_cfg("DATASETS.TRAIN", (name,), "DATASETS.TEST", ()))
+
+
+def test_a_data_set_without_class_names(tiny_cfg, register):
+    name = register([{"file_name": "a.jpg"}], CLASSES)
+    del MetadataCatalog.get(name).thing_classes
+    with pytest.raises(ValueError, match=f"data set '{name}' has no class names"):
+        build_train_loader(tiny_cfg("DATASETS.TRAIN", (name,), "DATASETS.TEST", ()))
 
 
 @pytest.mark.parametrize("key, name, build", [

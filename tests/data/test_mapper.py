@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from ssd.data.mapper import SSDDatasetMapper, read_image
@@ -49,6 +50,23 @@ def boxes_of(sample):
 
 def classes_of(sample):
     return sample["instances"].gt_classes.tolist()
+
+
+def test_images_behind_a_path_handler(picture, tmp_path):
+    """Detectron2's way to read images from elsewhere, s3:// for example."""
+
+    class Elsewhere(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["elsewhere://"]
+
+        def _open(self, path, mode="r", buffering=-1, **kwargs):
+            return open(path.replace("elsewhere://", f"{tmp_path}/"), mode)
+
+    picture("a.png")
+    PathManager.register_handler(Elsewhere())
+    assert (read_image("elsewhere://a.png", "RGB") == COLOR).all()
+    with pytest.raises(FileNotFoundError, match="elsewhere://b.png"):
+        read_image("elsewhere://b.png", "RGB")
 
 
 def test_missing_image_names_path_and_folder(tmp_path, monkeypatch):

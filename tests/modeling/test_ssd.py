@@ -272,6 +272,31 @@ def test_sizes_and_dtypes_may_differ_in_a_batch():
         torch.testing.assert_close(alone.scores, together.scores, rtol=1e-4, atol=1e-5)
 
 
+def test_a_whole_model_in_a_file(tmp_path):
+    model = make_model().eval()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    (expected,), (found,) = detect(model, {"image": image()}), detect(loaded, {"image": image()})
+    assert len(expected) and torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_half_precision_takes_images_of_any_size():
+    model = make_model().eval().to(torch.bfloat16)
+    for size in ((96, 96), (60, 120)):
+        assert len(detect(model, {"image": image(*size)})[0])
+
+
+def test_tracing_says_what_can_be_traced():
+    model = make_model().eval()
+    with pytest.raises(RuntimeError, match="trace backbone and head"):
+        torch.jit.trace(lambda x: model([{"image": x}])[0]["instances"].scores, image())
+
+
+def test_a_config_without_a_lab_says_what_is_missing():
+    with pytest.raises(ValueError, match="MODEL.ANCHOR_GENERATOR.NAME 'DefaultAnchorGenerator'"):
+        make_model("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator")
+
+
 def test_input_may_be_wider_than_high():
     model = make_predictor("MODEL.SSD.INPUT_SIZE", "[64,160]")
     # levels of stride 8, 16, 32, 64
@@ -281,9 +306,17 @@ def test_input_may_be_wider_than_high():
     assert len(result) > 0 and result.image_size == (64, 160)
 
 
-def test_a_backbone_of_ones_own():
+@BACKBONE_REGISTRY.register()
+class BackboneThatReadsNumbers(BackboneOfAUser):
+    def forward(self, x):
+        assert torch.zeros(1, device=self.conv.weight.device).item() == 0
+        return super().forward(x + torch.zeros(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["BackboneOfAUser", "BackboneThatReadsNumbers"])
+def test_a_backbone_of_ones_own(name):
     model = make_model(
-        *"MODEL.SSD.BOTTOM_UP BackboneOfAUser MODEL.SSD.IN_FEATURES ['map']".split(),
+        *f"MODEL.SSD.BOTTOM_UP {name} MODEL.SSD.IN_FEATURES ['map']".split(),
         *"MODEL.SSD.EXTRA_LAYERS [[4,8,3,2,1],[4,8,3,2,1],[4,8,3,2,1]]".split(),
     )
     assert model.boxes_per_level == [6 * 6 * 4, 3 * 3 * 4, 2 * 2 * 4, 1 * 1 * 4]

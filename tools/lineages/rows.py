@@ -139,7 +139,7 @@ def load_lab(lab: str, state: Optional[Dict[str, Tensor]] = None) -> nn.Module:
 
 def without_channels_last(model: nn.Module) -> None:
     """Sets MODEL.SSD.CHANNELS_LAST False: torch's CPU sums are more exact then."""
-    model.memory_format = torch.contiguous_format
+    model.channels_last = False
     model.to(memory_format=torch.contiguous_format)
 
 
