@@ -112,7 +112,9 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # other threads (a loader's, the compiler's) may allocate meanwhile
-        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
             outputs = self._function(*inputs)
         self._pool = graph.pool()
         return graph, inputs, outputs

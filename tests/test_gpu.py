@@ -62,6 +62,16 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
+@pytest.mark.parametrize("device", range(torch.cuda.device_count()))
+def test_a_graph_serves_all_modes_on_any_device(device):
+    graph, x = CudaGraph(lambda x: (x * 2,)), torch.arange(3.0, device=f"cuda:{device}")
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        x = x + 1
+        with mode():
+            assert torch.equal(graph(x)[0], x * 2)
+    assert all(graph._graphs.values())
+
+
 def test_nms_without_waiting():
     generator = torch.Generator("cuda").manual_seed(0)
     corner = torch.rand(5, 800, 2, generator=generator, device="cuda") * 200
