@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -84,9 +85,11 @@ def describe(site: str | None) -> str | None:
     if known and known.read_text("direct_url.json"):  # pip's own note
         note = json.loads(known.read_text("direct_url.json"))
         source = " ".join([note["url"], note.get("vcs_info", {}).get("commit_id", "")]).strip()
+    own = re.search(r"(?m)^__version__ = [\"'](.+)[\"']", Path(spec.origin).read_text())
+    version = known.version if known else own[1] if own else "(unknown version)"
     compiled = "with" if list(folder.glob("_C*")) else "without"
     return (
-        f"Detectron2 {known.version if known else '(unknown version)'} from "
+        f"Detectron2 {version} from "
         f"{source or 'an unknown source'}, {compiled} compiled _C, in {folder}"
     )
 
