@@ -282,7 +282,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
 
 # Detectron2's keys, or groups of them, that SSD, its mapper and its loaders don't read.
 _WITHOUT_EFFECT = (
-    "MODEL.MASK_ON MODEL.KEYPOINT_ON MODEL.LOAD_PROPOSALS MODEL.ANCHOR_GENERATOR.SIZES "
+    "MODEL.MASK_ON MODEL.KEYPOINT_ON MODEL.ANCHOR_GENERATOR.SIZES "
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS MODEL.ANCHOR_GENERATOR.ANGLES "
     "MODEL.ANCHOR_GENERATOR.OFFSET MODEL.PROPOSAL_GENERATOR MODEL.RPN MODEL.ROI_HEADS "
     "MODEL.ROI_BOX_HEAD MODEL.RETINANET INPUT.MIN_SIZE_TRAIN INPUT.MAX_SIZE_TRAIN INPUT.CROP "
@@ -301,7 +301,9 @@ def _warn_of_keys_without_effect(cfg: CN) -> None:
         and _value(cfg, key) != _value(default, key)
     ]
     if keys:
-        logging.getLogger(__name__).warning("Without effect on an SSD: %s", ", ".join(keys))
+        logging.getLogger(__name__).warning(
+            "Without effect on an SSD and its own loaders: %s", ", ".join(keys)
+        )
 
 
 def _value(cfg: CN, key: str):

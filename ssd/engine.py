@@ -243,11 +243,16 @@ class Trainer(DefaultTrainer):
 
     def after_step(self) -> None:
         # nothing is saved or evaluated before the losses of the last step are known to be finite
-        step = self.iter + 1
-        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD, self.max_iter
-        if any(period > 0 and step % period == 0 for period in periods):
-            self._trainer.flush()
+        step, test = self.iter + 1, self.cfg.TEST
+        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, test.EVAL_PERIOD, test.LOSS_PERIOD
+        if step == self.max_iter or any(x > 0 and step % x == 0 for x in periods):
+            self.flush()
         super().after_step()
+
+    def flush(self) -> None:
+        """Reports the last step's losses now, if they are late."""
+        if isinstance(self._trainer, TrainingStep):  # not a subclass's own
+            self._trainer.flush()
 
     @classmethod
     def build_optimizer(cls, cfg, model):

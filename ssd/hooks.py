@@ -360,7 +360,7 @@ class GracefulStop(HookBase):
             stop = max(comm.all_gather(stop)) if due else 0
         if stop:
             iteration = self.trainer.iter
-            self.trainer._trainer.flush()
+            self.trainer.flush()
             self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
             logger.info("Stopped after iteration %d; continue with --resume", iteration)
             comm.synchronize()  # the first process to end makes the launcher end the others

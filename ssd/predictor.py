@@ -101,7 +101,7 @@ def _metadata(cfg: CfgNode, checkpointer: SSDCheckpointer) -> Metadata:
     if trained_on and len(trained_on) != count:
         trained_on = None
     for name in cfg.DATASETS.TEST[:1]:
-        names = dataset_classes(name)
+        names = dataset_classes(name, read=True)
         if names and len(names) == count and same_classes(names, trained_on or names):
             return MetadataCatalog.get(name)
     if trained_on:

@@ -149,7 +149,8 @@ def test_keys_without_effect_are_named(repo, caplog):
     assert "Without effect" not in caplog.text
     load_config(quickstart, ["MODEL.RETINANET.NUM_CLASSES", 5, "INPUT.CROP.ENABLED", True])
     assert (
-        "Without effect on an SSD: MODEL.RETINANET.NUM_CLASSES, INPUT.CROP.ENABLED" in caplog.text
+        "on an SSD and its own loaders: MODEL.RETINANET.NUM_CLASSES, INPUT.CROP.ENABLED"
+        in caplog.text
     )
     caplog.clear()
     load_config("", ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
@@ -103,6 +103,26 @@ def test_class_names_of_a_lab_without_a_data_set(cfg, image, tmp_path):
     data = torch.load(tmp_path / "model.pth", weights_only=True)
     torch.save({**data, "classes": list("abcdef")}, tmp_path / "model.pth")
     assert ssd.Predictor(cfg).metadata.thing_classes == list("abcdef")
+
+
+def test_class_names_of_ones_own(cfg, register):
+    cfg = cfg.clone()
+    cfg.defrost()
+    names = list("uvwxyz")
+    MetadataCatalog.get("t_named_only").thing_classes = names
+    cfg.DATASETS.TEST = ("t_named_only",)  # as many demos do
+    assert ssd.Predictor(cfg).metadata.thing_classes == names
+    MetadataCatalog.pop("t_named_only")
+
+    def read():
+        MetadataCatalog.get("t_function").thing_classes = names
+        raise KeyError("by anyone")
+
+    DatasetCatalog.register("t_function", read)
+    cfg.DATASETS.TEST = ("t_function",)
+    assert ssd.Predictor(cfg).metadata.thing_classes == names
+    DatasetCatalog.pop("t_function")
+    MetadataCatalog.pop("t_function")
 
 
 def test_the_weights_own_class_names_count(cfg, datasets_folder, tmp_path, caplog):

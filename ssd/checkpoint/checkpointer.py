@@ -192,14 +192,13 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     def _check_classes(self) -> None:
         """Warns if the data set's classes aren't those that the weights were trained on."""
-        names = _class_names(self._cfg)
-        if self.classes and names and len(self.classes) == len(names):
-            if not same_classes(self.classes, names):
-                logger.warning(
-                    "MODEL.WEIGHTS was trained on the classes %s, but the data set's are %s: each "
-                    "counts as the one in its place",
-                    _first(self.classes, 10), _first(names, 10),
-                )  # fmt: skip
+        names = _class_names(self._cfg, evaluation=self._strict) if self.classes else None
+        if names and len(names) == len(self.classes) and not same_classes(names, self.classes):
+            logger.warning(
+                "MODEL.WEIGHTS was trained on the classes %s, but the data set's are %s: each "
+                "counts as the one in its place",
+                _first(self.classes, 10), _first(names, 10),
+            )  # fmt: skip
 
     def _carry_classes(self, state: State, found: str) -> State:
         """The rows of matching classes in the class predictors of a file with other classes."""
@@ -247,11 +246,16 @@ class SSDCheckpointer(DetectionCheckpointer):
         return state
 
 
-def _class_names(cfg) -> Optional[List[str]]:
-    """Names of the config's classes, if its data set is known and has as many."""
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if cfg else []
-    for name in names:
-        classes = dataset_classes(name)
+def _class_names(cfg, evaluation: bool = False) -> Optional[List[str]]:
+    """Names of the config's classes, if its data set is known and has as many.
+
+    An evaluation asks its test sets first, and reads them for this; a training has read its own.
+    """
+    if not cfg:
+        return None
+    train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    for name in [*test, *train] if evaluation else [*train, *test]:
+        classes = dataset_classes(name, read=evaluation and name in test)
         if classes and len(classes) == cfg.MODEL.SSD.NUM_CLASSES:
             return classes
     return None

@@ -5,6 +5,7 @@ classes and of the background (weiliu89/caffe, examples/convert_model.ipynb; pap
 """
 
 import difflib
+import logging
 import re
 from typing import List, Optional, Sequence, Union
 
@@ -22,6 +23,8 @@ __all__ = [
     "parse_class_map",
     "same_classes",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Names of one class in VOC, COCO, Objects365, Open Images, LVIS, BDD, …, misspelt as they are
 # there. Only what surely means the same: a pedestrian or a rider isn't any person.
@@ -80,22 +83,23 @@ def known_classes(count: int) -> Optional[List[str]]:
     return list(VOC_CLASSES) if count == 20 else None
 
 
-def dataset_classes(name: str) -> Optional[List[str]]:
-    """``thing_classes`` of a registered data set, which is read if they aren't known before.
+def dataset_classes(name: str, read: bool = False) -> Optional[List[str]]:
+    """``thing_classes`` of a data set.
+
+    Args:
+        read: reads a registered data set whose names aren't known before.
 
     Returns:
-        None if there is no such data set, it can't be read, or has no names.
+        None if it has no names, or can't be read.
     """
-    if name not in DatasetCatalog:
-        return None
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("thing_classes") is None:
+    known = MetadataCatalog.get(name).get("thing_classes") if name in MetadataCatalog else None
+    if known is None and read and name in DatasetCatalog:
         try:
             DatasetCatalog.get(name)
-        except (OSError, ValueError):  # its files aren't here
-            return None
-    names = metadata.get("thing_classes")
-    return list(names) if names else None
+        except Exception as error:  # its files may be elsewhere, its function may be anyone's
+            logger.info("No class names of %s: %s", name, error)
+        known = MetadataCatalog.get(name).get("thing_classes")
+    return list(known) if known else None
 
 
 def same_classes(first: Sequence[str], second: Sequence[str]) -> bool:

@@ -76,20 +76,23 @@ class SampleStream(torch.utils.data.Dataset):
 
     def _map(self, number: int) -> dict:
         """The mapper's sample; of the next image if it refuses one with None, as in Detectron2."""
-        for other in range(number, number + len(self._dataset)):
-            if (sample := self._mapper(self._seeded_dict(other))) is not None:
+        for attempt in range(max(len(self._dataset), 1000)):
+            if (sample := self._mapper(self._seeded_dict(number, attempt))) is not None:
                 return sample
         raise ValueError("the mapper gives None for each image of DATASETS.TRAIN")
 
-    def _seeded_dict(self, number: int) -> dict:
-        """The n-th dict of the run, with the global generators seeded for its augmentation."""
+    def _seeded_dict(self, number: int, attempt: int = 0) -> dict:
+        """The n-th dict of the run, with the global generators seeded for its augmentation; in
+        further attempts those behind it in its epoch's order."""
         epoch, position = divmod(number, len(self._dataset))
         if self._order[0] != epoch:
             order = np.random.default_rng([self._seed, epoch]).permutation(len(self._dataset))
             self._order = (epoch, order)
+        position = (position + attempt) % len(self._dataset)
         dataset_dict = self._dataset[int(self._order[1][position])]
         # those that Detectron2's augmentations draw from
-        words = np.random.SeedSequence([self._seed, number]).generate_state(2)
+        seed = [self._seed, number, attempt] if attempt else [self._seed, number]
+        words = np.random.SeedSequence(seed).generate_state(2)
         np.random.seed(words)
         random.seed(int(words[0]))
         return dataset_dict

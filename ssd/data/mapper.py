@@ -136,7 +136,8 @@ def read_image(
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT: 'RGB' or 'BGR', got {image_format!r}")
     try:
-        with PathManager.open(file_name, "rb") as file:
+        reader = PathManager.open if "://" in str(file_name) else open
+        with reader(file_name, "rb") as file:
             data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(

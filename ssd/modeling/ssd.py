@@ -378,7 +378,7 @@ class SSD(DenseDetector):
             with torch.no_grad():
                 try:
                     features = torch.func.functional_call(self.backbone, state, image.to("meta"))
-                except RuntimeError:
+                except Exception:  # whatever a backbone does that needs numbers
                     features = self.backbone(image)
         except RuntimeError as error:
             raise ValueError(

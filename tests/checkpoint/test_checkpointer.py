@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -504,6 +505,18 @@ def test_a_class_map_that_does_not_fit_is_an_error(tmp_path, classed):
     cfg, model = classed("xy", 1, "MODEL.SSD.CLASS_MAP", ["a", "d"])
     with pytest.raises(ValueError, match=r"MODEL\.SSD\.CLASS_MAP\[1\] is 'd'"):
         SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+
+
+def test_saving_reads_no_data(tmp_path, classed, register):
+    """A checkpoint isn't lost because of a data set's function."""
+    cfg, model = classed("abc")
+    name = "t_unreadable"
+    DatasetCatalog.register(name, lambda: 1 / 0)
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = (name,)
+    SSDCheckpointer(model, str(tmp_path), cfg=cfg).save("model")
+    DatasetCatalog.pop(name)
+    assert "classes" not in torch.load(tmp_path / "model.pth", weights_only=True)
 
 
 def test_own_weights_without_names_are_nobodys(tmp_path, classed, log):

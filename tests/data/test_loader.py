@@ -179,9 +179,17 @@ def test_a_mapper_of_ones_own_is_called(tiny_cfg):
 
 def test_a_mapper_may_refuse_images():
     dataset = [{"number": i} for i in range(10)]
-    some = SampleStream(dataset, lambda x: x["number"] if x["number"] > 5 else None, seed=1)
-    assert {n for n in some.__getitems__(range(20))} == {6, 7, 8, 9}
+
+    def large(x):
+        return (x["number"], np.random.rand()) if x["number"] > 5 else None
+
+    some = SampleStream(dataset, large, seed=1)
+    samples = some.__getitems__(range(200))
+    assert {number for number, _ in samples} == {6, 7, 8, 9}
+    assert len({drawn for _, drawn in samples}) == 200, "also those in place of others"
     assert some.__getitems__([4, 5]) == some.__getitems__([4, 5])
+    one = SampleStream(dataset[:1], lambda x: x if np.random.rand() > 0.7 else None, seed=1)
+    assert len(one.__getitems__(range(100))) == 100
     with pytest.raises(ValueError, match="None for each image"):
         SampleStream(dataset, lambda x: None, seed=1)[0]
 
