@@ -8,6 +8,7 @@ import difflib
 import logging
 import os
 import signal
+import sys
 import time
 import weakref
 from typing import Callable, Dict, List, Optional
@@ -107,10 +108,13 @@ def launch(main: Callable, args) -> None:
 
 
 def _run(main: Callable, args) -> None:
-    if comm.get_world_size() > 1:  # otherwise Ctrl-C is ignored, as in the launching process
-        signal.signal(signal.SIGINT, _exit_at_once)
+    if comm.get_world_size() == 1:
+        return main(args)
+    # otherwise Ctrl-C is ignored, as in the launching process
+    signal.signal(signal.SIGINT, _exit_at_once)
     main(args)
     leave_process_group()
+    end_process()
 
 
 def leave_process_group() -> None:
@@ -118,6 +122,17 @@ def leave_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         comm.synchronize()
         torch.distributed.destroy_process_group()
+
+
+def end_process() -> None:
+    """Ends a launched process that has done its work, but for Python's own clearing up.
+
+    A DistributedDataParallel keeps threads of its group, which at times abort the process there.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _exit_at_once(number: int, frame) -> None:

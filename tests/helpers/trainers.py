@@ -7,7 +7,7 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ssd.engine import Trainer, leave_process_group
+from ssd.engine import Trainer, end_process, leave_process_group
 
 
 @contextlib.contextmanager
@@ -18,6 +18,7 @@ def joined(rank, folder):
     comm.create_local_process_group(2)
     yield
     leave_process_group()
+    end_process()
 
 
 class ScriptedTrainer(Trainer):
