@@ -112,8 +112,13 @@ def _run(main: Callable, args) -> None:
         return main(args)
     # otherwise Ctrl-C is ignored, as in the launching process
     signal.signal(signal.SIGINT, _exit_at_once)
-    main(args)
-    leave_process_group()
+    try:
+        main(args)
+        leave_process_group()
+    except SystemExit as error:  # of a stop that was asked for
+        if not isinstance(error.code, int):
+            raise
+        end_process(error.code)
     end_process()
 
 
@@ -124,7 +129,7 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def end_process() -> None:
+def end_process(code: int = 0) -> None:
     """Ends a launched process that has done its work, but for Python's own clearing up.
 
     A DistributedDataParallel keeps threads of its group, which at times abort the process there.
@@ -132,7 +137,7 @@ def end_process() -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _exit_at_once(number: int, frame) -> None:
