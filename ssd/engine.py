@@ -77,13 +77,13 @@ def argument_parser():
 def launch(main: Callable, args) -> None:
     """Runs ``main(args)`` in ``--num-gpus`` processes per machine, or as a process of ``torchrun``.
 
-    Processes use NCCL on GPUs and gloo without.
+    Processes use NCCL on GPUs and gloo without. One of ``torchrun`` ends here.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
         main(args)
         leave_process_group()
-        return
+        end_process()
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ValueError("--num-machines > 1 needs --dist-url tcp://MACHINE0:PORT, got 'auto'")
     if args.num_gpus > 1 and torch.cuda.is_available():
