@@ -15,7 +15,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from pycocotools.cocoeval import COCOeval
 
-from ssd.data.datasets import read_voc, xyxy_boxes
+from ssd.data.boxes import xyxy_boxes
+from ssd.data.voc import read_voc
 
 __all__ = ["BoxEval", "COCOBoxEvaluator", "VOCEvaluator", "build_evaluator", "metric_names"]
 

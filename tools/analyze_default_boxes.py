@@ -27,7 +27,8 @@ from torchvision.ops import box_iou
 
 from ssd import load_config
 from ssd.data.augmentations import ImageSize, build_augmentation
-from ssd.data.datasets import check_class_count, xyxy_boxes
+from ssd.data.boxes import xyxy_boxes
+from ssd.data.datasets import check_class_count
 from ssd.data.transforms import centers_inside
 from ssd.modeling.multibox import match_default_boxes
 

@@ -36,7 +36,7 @@ from torchvision.ops import box_iou
 
 from ssd import load_config
 from ssd.checkpoint.recognition import recognise
-from ssd.data.datasets import xyxy_boxes
+from ssd.data.boxes import xyxy_boxes
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.evaluation import build_evaluator
 

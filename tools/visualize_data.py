@@ -25,7 +25,7 @@ from detectron2.modeling import build_model
 from torchvision.ops import box_iou
 
 from ssd import load_config
-from ssd.data.datasets import find_box_defects, xyxy_boxes
+from ssd.data.boxes import find_box_defects, xyxy_boxes
 from ssd.data.loader import build_train_loader
 from ssd.data.mapper import read_image
 from ssd.drawing import draw_boxes

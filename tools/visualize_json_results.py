@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
 from ssd import load_config
-from ssd.data.datasets import xyxy_boxes
+from ssd.data.boxes import xyxy_boxes
 from ssd.data.mapper import read_image
 from ssd.drawing import draw_boxes
 from ssd.predict import output_paths, write_image

@@ -2,32 +2,22 @@
 
 import difflib
 import logging
-import math
 import os
-import xml.etree.ElementTree as ET
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
-import numpy as np
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from detectron2.structures import BoxMode
-from PIL import Image
 
+from ssd.data.boxes import box_defect, find_box_defects, xyxy_boxes
+from ssd.data.files import require
 from ssd.data.shapes import CLASSES as SHAPES_CLASSES
 from ssd.data.shapes import SPLITS as SHAPES_SPLITS
 from ssd.data.shapes import render_shapes
+from ssd.data.voc import read_voc
+from ssd.data.yolo import read_class_names, read_yolo
 
-__all__ = [
-    "check_class_count",
-    "find_box_defects",
-    "read_every_box",
-    "read_voc",
-    "read_yolo",
-    "register_datasets",
-    "xyxy_boxes",
-]
+__all__ = ["check_class_count", "read_every_box", "register_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +34,6 @@ _KEYS = {
     "yolo": {"ROOT": None, "IMAGES": None, "LABELS": "", "CLASSES": []},
     "shapes": {"SPLIT": None, "ROOT": "shapes"},
 }
-# FORMAT yolo: what counts as an image in a folder, and where names of classes are looked for.
-_IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_CLASS_FILES = ("data.yaml", "classes.txt")
 _registered = {}  # name -> entry, of those registered here
 
 
@@ -70,9 +57,9 @@ def register_datasets(cfg: CfgNode) -> None:
     training and both evaluators ignore them.
 
     ``yolo``: IMAGES is a folder, or a .txt file with the path of an image per line, relative to
-    ROOT; LABELS is a folder of text files (see :func:`read_yolo`). CLASSES are names, or the file
-    that holds them: ``names`` of a YAML file, otherwise a name per line; by default data.yaml or
-    classes.txt in ROOT.
+    ROOT; LABELS is a folder of text files (see :mod:`ssd.data.yolo`). CLASSES are names, or the
+    file that holds them: ``names`` of a YAML file, otherwise a name per line; by default data.yaml
+    or classes.txt in ROOT.
 
     ``shapes`` is rendered into ROOT at its first use (ssd.data.shapes).
 
@@ -143,299 +130,6 @@ def check_class_count(cfg: CfgNode) -> None:
                 )
 
 
-def find_box_defects(dataset_dicts: Sequence[dict], class_names: Sequence[str] = ()) -> list[str]:
-    """Describes the boxes that no detector could find.
-
-    Args:
-        dataset_dicts: in Detectron2's format.
-        class_names: to name the classes; without them their numbers are given.
-
-    Returns:
-        a line for each box that isn't finite, has zero or negative width or height, or lies
-        outside its image: "FILE: object 3 (RBC) has zero width: [5.0, 5.0, 5.0, 9.0]" (XYXY).
-
-    Raises:
-        ValueError: for a ``bbox`` that isn't four values, with its file.
-    """
-    lines = []
-    for record in dataset_dicts:
-        annotations = record.get("annotations", [])
-        for index, annotation in enumerate(annotations):
-            box = annotation.get("bbox")
-            if not (isinstance(box, (list, tuple, np.ndarray)) and len(box) == 4):
-                text = f"object {index} has bbox {box!r}, expected 4 numbers"
-                raise ValueError(f"{record['file_name']}: {text}")
-            if "bbox_mode" not in annotation:
-                text = f"object {index} has no bbox_mode, expected BoxMode.XYXY_ABS or XYWH_ABS"
-                raise ValueError(f"{record['file_name']}: {text}")
-        for index, box in enumerate(xyxy_boxes(annotations).tolist()):
-            defect = _box_defect(box, record)
-            if defect:
-                label = annotations[index]["category_id"]
-                label = class_names[label] if class_names else f"class {label}"
-                lines.append(f"{record['file_name']}: object {index} ({label}) {defect}")
-    return lines
-
-
-def xyxy_boxes(annotations: Sequence[dict]) -> np.ndarray:
-    """The boxes of M annotations (XYXY_ABS or XYWH_ABS) as (M, 4) float64 XYXY in pixels."""
-    boxes = np.array([x["bbox"] for x in annotations], dtype=np.float64)
-    boxes = boxes.reshape(len(annotations), 4)
-    modes = {x["bbox_mode"] for x in annotations}
-    if unknown := modes - {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}:
-        raise ValueError(f"bbox_mode: XYXY_ABS or XYWH_ABS, got {unknown}")
-    if BoxMode.XYWH_ABS in modes:
-        xywh = [x["bbox_mode"] == BoxMode.XYWH_ABS for x in annotations]
-        boxes[xywh, 2:] += boxes[xywh, :2]
-    return boxes
-
-
-def _box_defect(box: Sequence[float], record: dict) -> str:
-    x1, y1, x2, y2 = box
-    if not all(math.isfinite(value) for value in box):
-        return f"isn't finite: {box}"
-    for side, length in (("width", x2 - x1), ("height", y2 - y1)):
-        if length <= 0:
-            return f"has {'negative' if length < 0 else 'zero'} {side}: {box}"
-    width, height = record.get("width", math.inf), record.get("height", math.inf)
-    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        return f"lies outside the image of {width}x{height}: {box}"
-    return ""
-
-
-def read_voc(
-    root: str,
-    split: str,
-    class_names: Sequence[str],
-    use_difficult: bool = False,
-    key: str = "DATASETS.REGISTER.<name>",
-) -> list[dict]:
-    """Reads a folder in the format of Pascal VOC.
-
-    Args:
-        root: holds Annotations/ID.xml, ImageSets/Main/SPLIT.txt (an ID per line), and
-            JPEGImages/ID.jpg, or ID with the extension of <filename>.
-        split: the name of the list.
-        class_names: in the order of the labels.
-        use_difficult: difficult objects get ``iscrowd`` 0 instead of 1.
-        key: of the config, for error messages.
-
-    Returns:
-        a dict per image in Detectron2's format, ``image_id`` being the ID. Boxes are XYXY in
-        pixels, 0-based: VOC's 1-based inclusive corners xmin, ymin, xmax, ymax become xmin - 1,
-        ymin - 1, xmax, ymax. One with xmin = xmax, a pixel wide by VOC's rule but a slip of the
-        hand in practice, gets zero width, likewise for y; what isn't a number is NaN.
-
-    Raises:
-        FileNotFoundError: naming the missing file and the config key.
-        ValueError: for XML that cannot be read or a class that isn't in ``class_names``.
-    """
-    list_file = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
-    _require(list_file, f"{key}.SPLIT = {split!r}")
-    image_folder = os.path.join(root, "JPEGImages")
-    _require(image_folder, f"{key}.ROOT = {root!r}")
-    images = set(os.listdir(image_folder))
-    with open(list_file, encoding="utf-8") as f:
-        ids = dict.fromkeys(line.strip() for line in f if line.strip())
-    records = []
-    for image_id in ids:
-        xml_file = os.path.join(root, "Annotations", f"{image_id}.xml")
-        _require(xml_file, f"{image_id!r} in {list_file}, {key}.SPLIT")
-        try:
-            tree = ET.parse(xml_file)
-        except ET.ParseError as error:
-            raise ValueError(f"{xml_file} is not valid XML: {error} ({key}.ROOT)") from None
-        image = f"{image_id}.jpg"
-        if image not in images:
-            image = image_id + os.path.splitext(tree.findtext("filename", ""))[1]
-        file_name = os.path.join(image_folder, image)
-        if image not in images:
-            _require(file_name, f"{image_id!r} in {list_file}, {key}.SPLIT")
-        height, width = (int(_number(tree.find("size"), side)) for side in ("height", "width"))
-        if height <= 0 or width <= 0:
-            height, width = _image_size(file_name)
-        record = {"file_name": file_name, "image_id": image_id, "height": height, "width": width}
-        record["annotations"] = []
-        for obj in tree.findall("object"):
-            label = obj.findtext("name", "").strip()
-            if label not in class_names:
-                raise ValueError(
-                    f"{xml_file}: unknown class {label!r}; {key}.CLASSES is {list(class_names)}"
-                )
-            difficult = _number(obj, "difficult") == 1 and not use_difficult
-            annotation = {"bbox": _voc_box(obj), "bbox_mode": BoxMode.XYXY_ABS}
-            annotation.update(category_id=list(class_names).index(label), iscrowd=int(difficult))
-            record["annotations"].append(annotation)
-        records.append(record)
-    return records
-
-
-def _voc_box(obj: ET.Element) -> list[float]:
-    node = obj.find("bndbox")
-    x1, y1, x2, y2 = (_number(node, k, math.nan) for k in ("xmin", "ymin", "xmax", "ymax"))
-    return [x1 - (x1 < x2), y1 - (y1 < y2), x2, y2]
-
-
-def _number(node: Optional[ET.Element], tag: str, default: float = 0.0) -> float:
-    try:
-        return float(node.findtext(tag))
-    except (AttributeError, TypeError, ValueError):
-        return default
-
-
-def _image_size(file_name: str) -> tuple[int, int]:
-    """(height, width) from the file's header, turned as EXIF says."""
-    with Image.open(file_name) as image:
-        width, height = image.size
-        return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
-
-
-def read_yolo(
-    images: str,
-    labels: str,
-    class_names: Sequence[str],
-    key: str = "DATASETS.REGISTER.<name>",
-) -> list[dict]:
-    """Reads text files as YOLO takes them: per object a line ``class cx cy w h``.
-
-    ``class`` counts from 0, the others are the box's centre and sides as fractions of the image's
-    width and height. An image without a label file has no objects.
-
-    Args:
-        images: a folder, whose images are read with those of its folders, by name; or a .txt file
-            with the path of an image per line, absolute or relative to the folder of that file.
-        labels: folder of the label files, which are named as the images (those of a folder are in
-            the same folder here). "": they lie where the last folder named ``images`` of an
-            image's path is replaced by ``labels``, beside the image if it has none.
-        class_names: in the order of the labels.
-        key: of the config, for error messages.
-
-    Returns:
-        a dict per image in Detectron2's format. ``image_id`` is its path relative to the folder of
-        ``images``; height and width come from the file's header, turned as EXIF says; boxes are
-        XYXY in pixels.
-
-    Raises:
-        FileNotFoundError: there is no ``images``, or no label file for any of them.
-        ValueError: with every image that can't be read, and every line that isn't as above: its
-            file, number and defect.
-    """
-    _require(images, f"{key}.IMAGES")
-    is_list = images.endswith(".txt")
-    root = os.path.dirname(images) if is_list else images
-    names = _listed_images(images) if is_list else _images_in(images)
-    records, problems, label_files = [], [], []
-    for name in names:
-        file_name = os.path.join(root, name)
-        try:
-            height, width = _image_size(file_name)
-        except OSError as error:  # names the file
-            problems.append(str(error))
-            continue
-        record = {"file_name": file_name, "image_id": name, "height": height, "width": width}
-        stem = os.path.splitext(os.path.basename(name) if is_list else name)[0]
-        label_files.append(os.path.join(labels, f"{stem}.txt") if labels else _labels_of(file_name))
-        record["annotations"], found = _yolo_annotations(
-            label_files[-1], (height, width), class_names
-        )
-        problems += found
-        records.append(record)
-    if problems:
-        more = [f"and {len(problems) - 50} more"] if len(problems) > 50 else []
-        raise ValueError(f"{key}: {len(problems)} errors:\n" + "\n".join(problems[:50] + more))
-    missing = sum(not os.path.isfile(path) for path in label_files)
-    if records and missing == len(records):
-        _require(label_files[0], f"{key}.LABELS; no image has a label file")
-    if missing:
-        logger.info(f"{images}: {missing} of {len(records)} images have no label file: no objects")
-    return records
-
-
-def _listed_images(path: str) -> list[str]:
-    with open(path, encoding="utf-8-sig") as f:
-        names = (line.strip() for line in f)
-        return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
-
-
-def _images_in(folder: str) -> list[str]:
-    """Paths relative to ``folder``, in order."""
-    return sorted(
-        os.path.relpath(os.path.join(parent, file), folder)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if file.lower().endswith(_IMAGE_EXTENSIONS)
-    )
-
-
-def _labels_of(file_name: str) -> str:
-    path = os.path.splitext(file_name)[0]
-    head, folder, tail = path.rpartition(os.path.join(os.sep, "images", ""))
-    return os.path.join(head, "labels", f"{tail}.txt") if folder else f"{path}.txt"
-
-
-def _yolo_annotations(
-    path: str, size: tuple[int, int], class_names: Sequence[str]
-) -> tuple[list[dict], list[str]]:
-    """The annotations of a label file for an image of ``size`` (height, width), and what is wrong
-    with its lines."""
-    if not os.path.isfile(path):
-        return [], []
-    annotations, problems = [], []
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            fields = line.split()
-            if not fields:
-                continue
-            if defect := _yolo_defect(fields, len(class_names)):
-                problems.append(f"{path}, line {number}: {defect}: {line.strip()[:80]!r}")
-                continue
-            cx, cy, w, h = (float(value) for value in fields[1:])
-            height, width = size
-            box = [(cx - w / 2) * width, (cy - h / 2) * height]
-            box += [(cx + w / 2) * width, (cy + h / 2) * height]
-            annotation = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
-            annotations.append({**annotation, "category_id": int(float(fields[0]))})
-    return annotations, problems
-
-
-def _yolo_defect(fields: Sequence[str], num_classes: int) -> str:
-    if len(fields) != 5:
-        return f"{len(fields)} values, not class cx cy w h"
-    try:
-        label, *box = map(float, fields)
-    except ValueError:
-        return "not five numbers"
-    if not (label.is_integer() and 0 <= label < num_classes):
-        return f"class {fields[0]} isn't one of 0 to {num_classes - 1}"
-    if not all(-0.01 <= value <= 1.01 for value in box):  # rounded
-        return "cx cy w h aren't fractions from 0 to 1"
-    return ""
-
-
-def _read_class_names(root: str, file_name: str, key: str) -> list[str]:
-    """Names from ``file_name`` in ``root``, or if it is "" from the first of _CLASS_FILES there."""
-    paths = [os.path.join(root, name) for name in ([file_name] if file_name else _CLASS_FILES)]
-    path = next(filter(os.path.isfile, paths), paths[-1])
-    _require(path, f"{key}.CLASSES, which may be a list of names or a file")
-    with open(path, encoding="utf-8-sig") as f:
-        if path.endswith((".yaml", ".yml")):
-            try:
-                content = yaml.load(f, Loader=yaml.BaseLoader)  # strings only: a class may be "no"
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path} is not valid YAML ({key}.CLASSES): {error}") from None
-            names = content.get("names") if isinstance(content, dict) else None
-            if isinstance(names, dict):
-                names = [names.get(str(i)) for i in range(len(names))]
-        else:
-            names = [line.strip() for line in f if line.strip()]
-    valid = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-    if not valid or len(set(names)) < len(names):
-        raise ValueError(
-            f"{key}.CLASSES: {path} needs different names of the classes 0, 1, …, got {names!r}"
-        )
-    return names
-
-
 def read_every_box(name: str) -> list[dict]:
     """A data set registered in VOC's or YOLO's format, with the boxes that the catalog leaves out.
 
@@ -448,7 +142,7 @@ def read_every_box(name: str) -> list[dict]:
     if isinstance(classes, str) or not classes:
         metadata = MetadataCatalog.get(name)
         metadata.__dict__.pop("thing_classes", None)  # of the file as it was
-        classes = metadata.thing_classes = _read_class_names(root, classes or "", key)
+        classes = metadata.thing_classes = read_class_names(root, classes or "", key)
     labels = os.path.join(root, entry["LABELS"]) if entry["LABELS"] else ""
     return read_yolo(os.path.join(root, entry["IMAGES"]), labels, classes, key)
 
@@ -462,7 +156,7 @@ def _without_defects(name: str) -> list[dict]:
     for record in records:
         boxes = xyxy_boxes(record["annotations"]).tolist()
         record["annotations"] = [
-            a for a, box in zip(record["annotations"], boxes) if not _box_defect(box, record)
+            a for a, box in zip(record["annotations"], boxes) if not box_defect(box, record)
         ]
     return records
 
@@ -485,8 +179,8 @@ def _coco(name: str, entry: dict) -> tuple:
 
     def load() -> list[dict]:
         key = f"DATASETS.REGISTER.{name}"
-        _require(json_file, f"{key}.ANNOTATIONS = {entry['ANNOTATIONS']!r}")
-        _require(images, f"{key}.IMAGES = {entry['IMAGES']!r}")
+        require(json_file, f"{key}.ANNOTATIONS = {entry['ANNOTATIONS']!r}")
+        require(images, f"{key}.IMAGES = {entry['IMAGES']!r}")
         metadata = MetadataCatalog.get(name)
         for known in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
             metadata.__dict__.pop(known, None)  # load_coco_json sets the file's own
@@ -507,7 +201,7 @@ def _coco(name: str, entry: dict) -> tuple:
                 f"are {metadata.thing_classes}"
             )
         for record in records[:1]:
-            _require(record["file_name"], f"an image of {json_file}, {key}.IMAGES")
+            require(record["file_name"], f"an image of {json_file}, {key}.IMAGES")
         return records
 
     metadata = {"json_file": json_file, "image_root": images, "evaluator_type": "coco"}
@@ -586,17 +280,6 @@ def _check_entry(name: str, node: Any) -> dict:
     folder = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     entry["ROOT"] = os.path.join(folder, os.path.expanduser(entry["ROOT"]))
     return entry
-
-
-def _require(path: str, origin: str) -> None:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} does not exist (from {origin}; {datasets_folder_text()})")
-
-
-def datasets_folder_text() -> str:
-    """Where data sets are looked for, for messages about files that aren't there."""
-    folder = os.environ.get("DETECTRON2_DATASETS", "not set, so datasets")
-    return f"DETECTRON2_DATASETS is {folder!r}"
 
 
 def _hint(value: Any, known: Sequence[str]) -> str:

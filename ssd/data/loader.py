@@ -22,7 +22,9 @@ from detectron2.data import (
 )
 from detectron2.utils import comm
 
-from ssd.data.datasets import check_class_count, datasets_folder_text, find_box_defects
+from ssd.data.boxes import find_box_defects
+from ssd.data.datasets import check_class_count
+from ssd.data.files import datasets_folder_text
 from ssd.data.mapper import SSDDatasetMapper
 from ssd.memory import keep_freed_memory
 

@@ -15,7 +15,8 @@ from detectron2.utils.file_io import PathManager
 from fvcore.transforms.transform import Transform
 
 from ssd.data.augmentations import ImageSize, build_augmentation
-from ssd.data.datasets import datasets_folder_text, xyxy_boxes
+from ssd.data.boxes import xyxy_boxes
+from ssd.data.files import datasets_folder_text
 from ssd.data.transforms import centers_inside
 
 __all__ = ["SSDDatasetMapper", "read_image"]

@@ -11,8 +11,9 @@ import torch
 from lineages.rows import ROOT
 from torch import Tensor
 
-from ssd.data.datasets import read_voc, xyxy_boxes
+from ssd.data.boxes import xyxy_boxes
 from ssd.data.shapes import render_shapes
+from ssd.data.voc import read_voc
 
 SIZE = (480, 640)  # height and width of a JPEG
 QUALITY = 90

@@ -11,7 +11,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from dataset_checks.reading import DataSet, Finding, ImageFile
-from ssd.data.datasets import find_box_defects, xyxy_boxes
+from ssd.data.boxes import find_box_defects, xyxy_boxes
 
 ALIKE = 0.97  # correlation of two thumbnails
 SMALL = 8  # pixels of the network's input

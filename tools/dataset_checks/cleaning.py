@@ -5,7 +5,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from dataset_checks.reading import DataSet, ImageFile
-from ssd.data.datasets import xyxy_boxes
+from ssd.data.boxes import xyxy_boxes
 
 
 class Fit(NamedTuple):

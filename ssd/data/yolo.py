@@ -1,0 +1,164 @@
+"""Data sets in YOLO's format."""
+
+import logging
+import os
+from typing import Sequence
+
+import yaml
+from detectron2.structures import BoxMode
+
+from ssd.data.files import image_size, require
+
+__all__ = ["read_class_names", "read_yolo"]
+
+logger = logging.getLogger(__name__)
+
+# what counts as an image in a folder, and where names of classes are looked for
+_IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_CLASS_FILES = ("data.yaml", "classes.txt")
+
+
+def read_yolo(
+    images: str,
+    labels: str,
+    class_names: Sequence[str],
+    key: str = "DATASETS.REGISTER.<name>",
+) -> list[dict]:
+    """Reads text files as YOLO takes them: per object a line ``class cx cy w h``.
+
+    ``class`` counts from 0, the others are the box's centre and sides as fractions of the image's
+    width and height. An image without a label file has no objects.
+
+    Args:
+        images: a folder, whose images are read with those of its folders, by name; or a .txt file
+            with the path of an image per line, absolute or relative to the folder of that file.
+        labels: folder of the label files, which are named as the images (those of a folder are in
+            the same folder here). "": they lie where the last folder named ``images`` of an
+            image's path is replaced by ``labels``, beside the image if it has none.
+        class_names: in the order of the labels.
+        key: of the config, for error messages.
+
+    Returns:
+        a dict per image in Detectron2's format. ``image_id`` is its path relative to the folder of
+        ``images``; height and width come from the file's header, turned as EXIF says; boxes are
+        XYXY in pixels.
+
+    Raises:
+        FileNotFoundError: there is no ``images``, or no label file for any of them.
+        ValueError: with every image that can't be read, and every line that isn't as above: its
+            file, number and defect.
+    """
+    require(images, f"{key}.IMAGES")
+    is_list = images.endswith(".txt")
+    root = os.path.dirname(images) if is_list else images
+    names = _listed_images(images) if is_list else _images_in(images)
+    records, problems, label_files = [], [], []
+    for name in names:
+        file_name = os.path.join(root, name)
+        try:
+            height, width = image_size(file_name)
+        except OSError as error:  # names the file
+            problems.append(str(error))
+            continue
+        record = {"file_name": file_name, "image_id": name, "height": height, "width": width}
+        stem = os.path.splitext(os.path.basename(name) if is_list else name)[0]
+        label_files.append(os.path.join(labels, f"{stem}.txt") if labels else _labels_of(file_name))
+        record["annotations"], found = _yolo_annotations(
+            label_files[-1], (height, width), class_names
+        )
+        problems += found
+        records.append(record)
+    if problems:
+        more = [f"and {len(problems) - 50} more"] if len(problems) > 50 else []
+        raise ValueError(f"{key}: {len(problems)} errors:\n" + "\n".join(problems[:50] + more))
+    missing = sum(not os.path.isfile(path) for path in label_files)
+    if records and missing == len(records):
+        require(label_files[0], f"{key}.LABELS; no image has a label file")
+    if missing:
+        logger.info(f"{images}: {missing} of {len(records)} images have no label file: no objects")
+    return records
+
+
+def _listed_images(path: str) -> list[str]:
+    with open(path, encoding="utf-8-sig") as f:
+        names = (line.strip() for line in f)
+        return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
+
+
+def _images_in(folder: str) -> list[str]:
+    """Paths relative to ``folder``, in order."""
+    return sorted(
+        os.path.relpath(os.path.join(parent, file), folder)
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if file.lower().endswith(_IMAGE_EXTENSIONS)
+    )
+
+
+def _labels_of(file_name: str) -> str:
+    path = os.path.splitext(file_name)[0]
+    head, folder, tail = path.rpartition(os.path.join(os.sep, "images", ""))
+    return os.path.join(head, "labels", f"{tail}.txt") if folder else f"{path}.txt"
+
+
+def _yolo_annotations(
+    path: str, size: tuple[int, int], class_names: Sequence[str]
+) -> tuple[list[dict], list[str]]:
+    """The annotations of a label file for an image of ``size`` (height, width), and what is wrong
+    with its lines."""
+    if not os.path.isfile(path):
+        return [], []
+    annotations, problems = [], []
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            fields = line.split()
+            if not fields:
+                continue
+            if defect := _yolo_defect(fields, len(class_names)):
+                problems.append(f"{path}, line {number}: {defect}: {line.strip()[:80]!r}")
+                continue
+            cx, cy, w, h = (float(value) for value in fields[1:])
+            height, width = size
+            box = [(cx - w / 2) * width, (cy - h / 2) * height]
+            box += [(cx + w / 2) * width, (cy + h / 2) * height]
+            annotation = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
+            annotations.append({**annotation, "category_id": int(float(fields[0]))})
+    return annotations, problems
+
+
+def _yolo_defect(fields: Sequence[str], num_classes: int) -> str:
+    if len(fields) != 5:
+        return f"{len(fields)} values, not class cx cy w h"
+    try:
+        label, *box = map(float, fields)
+    except ValueError:
+        return "not five numbers"
+    if not (label.is_integer() and 0 <= label < num_classes):
+        return f"class {fields[0]} isn't one of 0 to {num_classes - 1}"
+    if not all(-0.01 <= value <= 1.01 for value in box):  # rounded
+        return "cx cy w h aren't fractions from 0 to 1"
+    return ""
+
+
+def read_class_names(root: str, file_name: str, key: str) -> list[str]:
+    """Names from ``file_name`` in ``root``, or if it is "" from the first of _CLASS_FILES there."""
+    paths = [os.path.join(root, name) for name in ([file_name] if file_name else _CLASS_FILES)]
+    path = next(filter(os.path.isfile, paths), paths[-1])
+    require(path, f"{key}.CLASSES, which may be a list of names or a file")
+    with open(path, encoding="utf-8-sig") as f:
+        if path.endswith((".yaml", ".yml")):
+            try:
+                content = yaml.load(f, Loader=yaml.BaseLoader)  # strings only: a class may be "no"
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} is not valid YAML ({key}.CLASSES): {error}") from None
+            names = content.get("names") if isinstance(content, dict) else None
+            if isinstance(names, dict):
+                names = [names.get(str(i)) for i in range(len(names))]
+        else:
+            names = [line.strip() for line in f if line.strip()]
+    valid = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not valid or len(set(names)) < len(names):
+        raise ValueError(
+            f"{key}.CLASSES: {path} needs different names of the classes 0, 1, …, got {names!r}"
+        )
+    return names
