@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import threading
 import weakref
 from typing import Callable, Iterator, Tuple
 
@@ -72,7 +73,12 @@ class CudaGraph:
 
     For each combination of shapes the first call records a graph. Results stay valid until the next
     call. What can't be recorded runs as it is, and the log says why.
+
+    Attributes:
+        turn: a lock that threads hold from a call until they have used its results.
     """
+
+    turn = threading.RLock()  # of all graphs: one of each couldn't be copied with its model
 
     def __init__(self, function: Callable[..., Tuple[Tensor, ...]]):
         self._function = function

@@ -8,6 +8,7 @@ With published weights (names: ``ssd.model_zoo``)::
 """
 
 import argparse
+import collections
 import csv
 import glob
 import itertools
@@ -33,7 +34,7 @@ __all__ = [
     "can_show",
     "check_extension",
     "find_images",
-    "known_image_ids",
+    "image_ids",
     "output_paths",
     "read_images",
     "save_records",
@@ -115,8 +116,16 @@ def to_records(instances: Instances, file_name: str, image_id, metadata: Metadat
     ]
 
 
-def known_image_ids(paths: Sequence[str], metadata: Metadata) -> Dict[str, object]:
-    """``image_id`` by path of those images that belong to ``metadata``'s data set."""
+def image_ids(paths: Sequence[str], metadata: Metadata) -> Dict[str, object]:
+    """``image_id`` by path: that of ``metadata``'s data set for its images, else the file's name
+    without its extension; images that share one have their paths instead."""
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+    count = collections.Counter(stems)
+    names = {p: stem if count[stem] == 1 else p for p, stem in zip(paths, stems)}
+    return {**names, **_known_image_ids(paths, metadata)}
+
+
+def _known_image_ids(paths: Sequence[str], metadata: Metadata) -> Dict[str, object]:
     root = metadata.get("image_root") or metadata.get("dirname")  # the latter is VOC's
     files = {os.path.abspath(path): path for path in paths}
     if not (root and any(x.startswith(os.path.abspath(root) + os.sep) for x in files)):

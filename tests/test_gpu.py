@@ -1,6 +1,7 @@
 """What only a GPU can show; skipped without one."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_a_graph_serves_all_modes_on_any_device(device):
         with mode():
             assert torch.equal(graph(x)[0], x * 2)
     assert all(graph._graphs.values())
+
+
+def test_threads_that_share_a_graph_get_their_own_detections(model):
+    cfg, slow = model
+    fast, inputs = optimize(slow, cfg), images(*[(96, 96)] * 4)
+
+    def scores(x):
+        with torch.no_grad():
+            return fast([x])[0]["instances"].scores.cpu()
+
+    expected = [scores(x) for x in inputs]
+    assert isinstance(fast.infer, CudaGraph) and len({x[0].item() for x in expected}) == 4
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        for found in [list(threads.map(scores, inputs)) for _ in range(20)]:
+            assert all(map(torch.equal, found, expected))
 
 
 def test_nms_without_waiting():

@@ -1,5 +1,8 @@
 """What inference does to a model changes its speed, not its results."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from detectron2.layers import Conv2d
@@ -9,7 +12,8 @@ from torch import nn
 from ssd import model_zoo
 from ssd.config import load_config
 from ssd.engine import Trainer
-from ssd.inference import fold_batch_norm, optimize
+from ssd.inference import CudaGraph, fold_batch_norm, optimize
+from ssd.modeling.postprocessing import output_transform
 
 LABS = {
     "ssdlite_mobilenetv2_size320_600e": "MODEL.MOBILENET.WIDTH_MULT 0.25",
@@ -97,6 +101,40 @@ def test_an_unknown_type_names_the_key(tiny_cfg):
     cfg = tiny_cfg("TEST.DTYPE", "half")
     with pytest.raises(ValueError, match="TEST.DTYPE: one of .*'half'"):
         optimize(build_model(cfg), cfg)
+
+
+class SharedResults:
+    """What a CUDA graph is to threads: all runs write to the same tensors."""
+
+    turn = CudaGraph.turn
+
+    def __init__(self, function, image):
+        self._function, self._results = function, function(*image)
+
+    def __call__(self, *args):
+        for shared, x in zip(self._results, self._function(*args)):
+            shared.copy_(x)
+            time.sleep(1e-3)  # another thread's turn, if there were no lock
+        return self._results
+
+
+def test_threads_that_share_a_graph_get_their_own_detections(tiny_cfg):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg("MODEL.SSD.SCORE_THRESH_TEST", "0.1")).eval()
+    images = [torch.full((3, 96, 96), 60.0 * i) for i in range(4)]
+
+    def scores(image):
+        with torch.no_grad():
+            return model([{"image": image}])[0]["instances"].scores
+
+    expected = [scores(image) for image in images]
+    assert len({len(x) and x[0].item() for x in expected}) == len(images)
+    output = output_transform([(96, 96)], (96, 96))
+    with torch.no_grad():
+        model.infer = SharedResults(model.infer, (torch.zeros(1, 3, 96, 96), output))
+    with ThreadPoolExecutor(len(images)) as threads:
+        for found in [list(threads.map(scores, images)) for _ in range(10)]:
+            assert all(map(torch.equal, found, expected))
 
 
 def test_evaluation_uses_it_and_training_goes_on(tiny_cfg, monkeypatch):

@@ -9,12 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import Metadata
 from detectron2.modeling import build_model
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.checkpoint.published import PUBLISHED
-from ssd.predict import find_images, output_paths, write_image
+from ssd.predict import find_images, image_ids, output_paths, write_image
 
 
 def test_command_with_published_weights(repo, tmp_path):
@@ -58,6 +59,12 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch, caplog):
     assert find_images(["empty", "*.gif"]) == []
     assert caplog.messages == ["empty: no image", "*.gif: no image"]
     assert find_images(["missing.jpg"]) == ["missing.jpg"]  # reading it says that it isn't there
+
+
+def test_images_of_one_name_have_ids_of_their_own():
+    paths = ["a/1.jpg", "b/1.png", "b/2.x.jpg"]
+    ids = image_ids(paths, Metadata())
+    assert ids == {"a/1.jpg": "a/1.jpg", "b/1.png": "b/1.png", "b/2.x.jpg": "2.x"}
 
 
 def test_pictures_keep_names_and_never_overwrite(tmp_path, monkeypatch):

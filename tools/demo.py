@@ -26,7 +26,7 @@ from ssd.predict import (
     can_show,
     check_extension,
     find_images,
-    known_image_ids,
+    image_ids,
     output_paths,
     read_images,
     save_records,
@@ -107,12 +107,12 @@ def run_images(args, parser) -> tuple:
         parser.error(str(error))
     predictor = build_predictor(args)
     metadata = getattr(predictor, "metadata", Metadata())
-    ids = known_image_ids(paths, metadata) if args.save_detections else {}
+    ids = image_ids(paths, metadata) if args.save_detections else {}
     count, records = 0, []
     images = read_images(tqdm(paths, unit="image"))
     for path, image, instances in detect(predictor, images, args.batch_size):
         count += 1
-        records += to_records(instances, path, ids.get(path, Path(path).stem), metadata)
+        records += to_records(instances, path, ids.get(path), metadata)
         if args.output:
             write_image(pictures[path], draw_instances(image, instances, metadata))
         elif not args.save_detections:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 from typing import Dict, Optional, Sequence, Tuple
 
 import cv2
@@ -167,6 +168,7 @@ def read_image(
 
 
 _JPEG = b"\xff\xd8"  # how such files begin
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # but those within a scan
 _REDUCTIONS = {  # with a colour flag their "grayscale" doesn't hold
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
@@ -185,6 +187,14 @@ def _decode(data: bytes, rgb: bool, flags: int = 0) -> Optional[np.ndarray]:
 
 
 def _is_truncated_jpeg(data: bytes) -> bool:
-    """Whether a JPEG has no end marker after its last scan; OpenCV would fill it with grey."""
+    """Whether a JPEG has no end marker after its scans; OpenCV would fill it with grey."""
     last = max(data.rfind(b"\xff\xd9"), 0)
-    return data.startswith(_JPEG) and data.find(b"\xff\xda", last) >= 0
+    if not data.startswith(_JPEG) or data.find(b"\xff\xda", last) < 0:
+        return False
+    # or what looks like a scan is in data that follows the image, such as a telephone's video
+    at = len(_JPEG)
+    while marker := _JPEG_MARKER.search(data, at):
+        if marker[1] == b"\xd9":
+            return False
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return True

@@ -43,7 +43,9 @@ class ReLU6(nn.ReLU6):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ReLU6.apply(x) if self.inplace and x.requires_grad else super().forward(x)
+        if self.inplace and x.requires_grad and not torch.jit.is_tracing():
+            return _ReLU6.apply(x)
+        return super().forward(x)
 
 
 class _ReLU6(torch.autograd.Function):

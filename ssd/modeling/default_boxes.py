@@ -66,6 +66,11 @@ class DefaultBoxGenerator(nn.Module):
                 "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES followed by MAX_SIZE must be positive and "
                 f"increasing, got {sizes}"
             )
+        if any(not 0 < ratio < math.inf for level in aspect_ratios for ratio in level):
+            raise ValueError(
+                "MODEL.SSD.DEFAULT_BOXES.ASPECT_RATIOS must be positive, got "
+                f"{list(map(list, aspect_ratios))}"
+            )
         self.input_size = tuple(input_size)
         self.steps = [tuple(s) if isinstance(s, (list, tuple)) else (s, s) for s in steps]
         if clip not in ("none", "xyxy", "cxcywh", "wh"):

@@ -1,5 +1,6 @@
 """SSD: Single Shot MultiBox Detector (arXiv 1512.02325)."""
 
+import contextlib
 import functools
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -114,17 +115,29 @@ class SSD(DenseDetector):
     @classmethod
     def from_config(cls, cfg):
         ssd = cfg.MODEL.SSD
-        _check_positive("INPUT_SIZE", ssd.INPUT_SIZE)
+        _check_positive("MODEL.SSD.INPUT_SIZE", ssd.INPUT_SIZE)
         if len(ssd.INPUT_SIZE) != 2:
             raise ValueError(f"MODEL.SSD.INPUT_SIZE must be [height, width], got {ssd.INPUT_SIZE}")
-        _check_positive("NUM_CLASSES", [ssd.NUM_CLASSES])
+        _check_positive("MODEL.SSD.NUM_CLASSES", [ssd.NUM_CLASSES])
+        _check_positive("MODEL.SSD.TOPK_CANDIDATES_TEST", [ssd.TOPK_CANDIDATES_TEST])
+        _check_positive("TEST.DETECTIONS_PER_IMAGE", [cfg.TEST.DETECTIONS_PER_IMAGE])
+        if len(ssd.BBOX_REG_WEIGHTS) != 4 or not all(x > 0 for x in ssd.BBOX_REG_WEIGHTS):
+            raise ValueError(
+                f"MODEL.SSD.BBOX_REG_WEIGHTS must be 4 positive numbers, got {ssd.BBOX_REG_WEIGHTS}"
+            )
+        mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+        if len(mean) != len(std) or not all(x > 0 for x in std):
+            raise ValueError(
+                "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD need a number for each channel, PIXEL_STD "
+                f"positive ones, got {mean} and {std}"
+            )
         _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
         _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each"))
         _check_choice("CLIP_TEST", ssd.CLIP_TEST, ("before_nms", "after_nms"))
         _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
         _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
         _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
-        for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES"):
+        for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES", "SMOOTH_L1_BETA"):
             if not 0 <= ssd.LOSS[key] < math.inf:
                 raise ValueError(f"MODEL.SSD.LOSS.{key} must be 0 or more, got {ssd.LOSS[key]}")
         backbone = build_backbone(cfg)
@@ -196,9 +209,10 @@ class SSD(DenseDetector):
             for x, (height, width) in zip(batched_inputs, images.image_sizes)
         ]
         output = output_transform(sizes, self.input_size).to(self.device, non_blocking=True)
-        scores, deltas, *first = self.infer(images.tensor, output)
-        first = [x.clone() for x in first]  # a CUDA graph's own are those of the next call, too
-        results = self.detect(scores, deltas, sizes, first=first)
+        with getattr(self.infer, "turn", contextlib.nullcontext()):  # a CUDA graph's
+            scores, deltas, *first = self.infer(images.tensor, output)
+            first = [x.clone() for x in first]  # the graph's own are those of the next call, too
+            results = self.detect(scores, deltas, sizes, first=first)
         return [{"instances": instances} for instances in results]
 
     def infer(self, images: Tensor, output: Tensor) -> Tuple[Tensor, ...]:
@@ -347,7 +361,7 @@ class SSD(DenseDetector):
         scales = [(width / x.image_size[1], height / x.image_size[0]) * 2 for x in gt_instances]
         # padded where they are, on the host: the device gets three tensors, whatever N
         boxes = pad_sequence([x.gt_boxes.tensor for x in gt_instances], batch_first=True)
-        classes = pad_sequence([x.gt_classes for x in gt_instances], batch_first=True)
+        classes = pad_sequence([x.gt_classes.long() for x in gt_instances], batch_first=True)
         counts = torch.tensor([len(x) for x in gt_instances], device=boxes.device)
         if not boxes.shape[1]:
             boxes, classes = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1))
@@ -396,4 +410,5 @@ def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
 
 def _check_positive(key: str, values: Sequence[int]) -> None:
     if any(not isinstance(value, int) or value < 1 for value in values):
-        raise ValueError(f"MODEL.SSD.{key} must be positive integers, got {values}")
+        what = "a positive integer" if len(values) == 1 else "positive integers"
+        raise ValueError(f"{key} must be {what}, got {values[0] if len(values) == 1 else values}")

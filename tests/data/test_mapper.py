@@ -105,6 +105,25 @@ def test_progressive_jpeg_with_thumbnail_and_trailing_bytes_is_whole(picture, tm
     with open(path, "ab") as file:
         file.write(b"\0" * 100)
     assert read_image(path).shape == (30, 40, 3)
+    data = open(path, "rb").read()
+    open(path, "wb").write(data[:-130])  # the thumbnail is whole
+    with pytest.raises(ValueError, match="photo.jpg is truncated"):
+        read_image(path)
+
+
+def test_jpeg_in_front_of_a_video_is_whole(picture):
+    """As telephones write it: by chance the video has the bytes of any marker."""
+    path = picture("photo.jpg")
+    expected, data = read_image(path), open(path, "rb").read()
+    video = b"\0\0\0\x18ftypmp42\xff\xd8\0\xff\xda\0\x0c"
+    for whole in (data, data[:-2]):
+        with open(path, "wb") as file:
+            file.write(whole + video)
+        if whole is data:
+            assert np.array_equal(read_image(path), expected)
+        else:
+            with pytest.raises(ValueError, match="photo.jpg is truncated"):
+                read_image(path)
 
 
 @pytest.mark.parametrize("name, mode", [

@@ -1,5 +1,6 @@
 """The whole model, small: training step, inference, sizes, errors."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,19 @@ def test_tracing_says_what_can_be_traced():
     model = make_model().eval()
     with pytest.raises(RuntimeError, match="trace backbone and head"):
         torch.jit.trace(lambda x: model([{"image": x}])[0]["instances"].scores, image())
+    traced = torch.jit.trace(model.backbone, torch.zeros(1, 3, 96, 96), strict=False)
+    x = torch.rand(1, 3, 96, 96)
+    for name, feature in model.backbone(x).items():
+        torch.testing.assert_close(traced(x)[name], feature)
+
+
+def test_classes_may_be_of_any_integer_type():
+    model, samples = make_model(), batch()
+    expected = model(samples)
+    for sample in samples:
+        sample["instances"].gt_classes = sample["instances"].gt_classes.int()
+    losses = model(samples)
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
 
 
 def test_a_config_without_a_lab_says_what_is_missing():
@@ -443,6 +457,10 @@ def test_head_that_does_not_fit_the_default_boxes():
         ("LOSS.NEG_POS_RATIO", "-1.0"),
         ("LOSS.NEG_POS_RATIO", "float('inf')"),
         ("LOSS.NEGATIVES_WITHOUT_POSITIVES", "-1"),
+        ("LOSS.SMOOTH_L1_BETA", "-1.0"),
+        ("TOPK_CANDIDATES_TEST", "-1"),
+        ("BBOX_REG_WEIGHTS", "[10.0,10.0,5.0]"),
+        ("BBOX_REG_WEIGHTS", "[10.0,10.0,5.0,0.0]"),
         ("SCORE_FUNCTION", "relu"),
         ("HEAD", "heavy"),
         ("EXTRA_BLOCK", "residual"),
@@ -459,6 +477,20 @@ def test_wrong_value_is_an_error_before_training(key, value):
     extra = ["MODEL.SSD.EXTRA_LAYERS", "[[16,32,3,2,1],[16,32,3,1,0]]"]
     with pytest.raises(ValueError, match=rf"MODEL\.SSD\.{key}"):
         make_model(f"MODEL.SSD.{key}", value, *(extra if value == "[8,8]" else []))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("TEST.DETECTIONS_PER_IMAGE", "-1"),  # Detectron2's "no limit" would be none at all
+        ("TEST.DETECTIONS_PER_IMAGE", "0"),
+        ("MODEL.PIXEL_STD", "[1.0,0.0,1.0]"),
+        ("MODEL.PIXEL_MEAN", "[100.0]"),
+    ],
+)
+def test_wrong_value_of_detectron2s_keys(key, value):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        make_model(key, value)
 
 
 def test_detectron2s_predictor_and_visualizer(tmp_path):

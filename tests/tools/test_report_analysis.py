@@ -35,13 +35,27 @@ DETECTIONS = [
 
 
 def boxes(rows, crowds=()):
-    """As boxes_of gives them for rows that are already in its order."""
+    """Objects, or of rows with a score detections, for rows that are already in their order."""
     annotations = [
         {"image_id": row[0], "category_id": row[1], "bbox": row[2], "iscrowd": int(i in crowds)}
         | ({"score": row[3]} if len(row) > 3 else {})
         for i, row in enumerate(rows)
     ]
-    return analysis.boxes_of(annotations, [0, 1, 2], [CAT, DOG])
+    scored = any(len(row) > 3 for row in rows)
+    convert = analysis.detections_of if scored else analysis.objects_of
+    return convert(annotations, [0, 1, 2], [CAT, DOG])
+
+
+def test_objects_with_scores_are_all_kept():
+    """As tools write them that let a model label images."""
+    labels = [
+        {"image_id": 0, "category_id": CAT, "bbox": [i, 0, 5, 5], "score": i / 200}
+        for i in range(150)
+    ]
+    objects = analysis.objects_of(labels, [0, 1, 2], [CAT, DOG])
+    assert objects.box[:, 0].tolist() == list(range(150)) and (objects.score == 1).all()
+    found = analysis.detections_of(labels, [0, 1, 2], [CAT, DOG])
+    assert found.box[:, 0].tolist() == list(range(149, 49, -1))
 
 
 def mistakes(detections, objects):
@@ -160,7 +174,8 @@ def test_hits_and_ap50_are_those_of_boxeval(seed):
     expected.evaluate()
     expected.accumulate()
 
-    objects, detections = (analysis.boxes_of(x, range(6), range(3)) for x in (truth, results))
+    objects = analysis.objects_of(truth, range(6), range(3))
+    detections = analysis.detections_of(results, range(6), range(3))
     assert len(detections.score) < len(results)
     kind = mistakes(detections, objects).kind
     for k in range(3):

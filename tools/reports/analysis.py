@@ -61,24 +61,36 @@ class OperatingPoint(NamedTuple):
     f1: float
 
 
-def boxes_of(annotations: Sequence[dict], image_ids: Sequence, category_ids: Sequence) -> Boxes:
-    """COCO's annotations or results as arrays.
+def objects_of(annotations: Sequence[dict], image_ids: Sequence, category_ids: Sequence) -> Boxes:
+    """COCO's annotations as arrays, without those of other images or categories."""
+    # a score of theirs (labels that a model made) means nothing here
+    return _boxes([{**x, "score": 1.0} for x in annotations], image_ids, category_ids)
 
-    Those of other images or categories are left out, as are an image's detections of a class after
-    the first PER_CLASS_AND_IMAGE.
-    """
+
+def detections_of(results: Sequence[dict], image_ids: Sequence, category_ids: Sequence) -> Boxes:
+    """COCO's results as arrays, as :func:`objects_of`, and of an image's detections of a class the
+    first PER_CLASS_AND_IMAGE."""
+    boxes = _boxes(results, image_ids, category_ids)
+    first = _rank(boxes.image * len(category_ids) + boxes.label) < PER_CLASS_AND_IMAGE
+    return Boxes(*(x[first] for x in boxes))
+
+
+def _boxes(annotations: Sequence[dict], image_ids: Sequence, category_ids: Sequence) -> Boxes:
     images = {key: i for i, key in enumerate(image_ids)}
     labels = {key: i for i, key in enumerate(category_ids)}
     rows = [
-        (images[a["image_id"]], labels[a["category_id"]], a.get("score", 1.0),
-         a.get("iscrowd", 0), *a["bbox"])
+        (
+            images[a["image_id"]],
+            labels[a["category_id"]],
+            a["score"],
+            a.get("iscrowd", 0),
+            *a["bbox"],
+        )
         for a in annotations
         if a["image_id"] in images and a["category_id"] in labels
-    ]  # fmt: skip
+    ]
     table = np.array(rows, float).reshape(-1, 8)
     table = table[np.lexsort((-table[:, 2], table[:, 0]))]
-    if annotations and "score" in annotations[0]:
-        table = table[_rank(table[:, 0] * len(labels) + table[:, 1]) < PER_CLASS_AND_IMAGE]
     image, label = table[:, :2].T.astype(int)
     return Boxes(image, label, table[:, 4:], table[:, 2], table[:, 3] == 1)
 

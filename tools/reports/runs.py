@@ -172,10 +172,8 @@ def _evaluate(name: str, path: str, threshold: Optional[float], notes: list[str]
         )
     if not results:
         notes.append(f"{name}: there are no detections.")
-    objects, detections = (
-        analysis.boxes_of(x, image_ids, category_ids)
-        for x in (truth.dataset["annotations"], results)
-    )
+    objects = analysis.objects_of(truth.dataset["annotations"], image_ids, category_ids)
+    detections = analysis.detections_of(results, image_ids, category_ids)
     pairs = analysis.overlaps(detections, objects)
     mistakes = analysis.find_mistakes(detections, objects, pairs)
     counted = mistakes.kind != analysis.IGNORED
