@@ -25,7 +25,8 @@ def main(args):
     trainer = None
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        SSDCheckpointer(model, cfg=cfg, strict=True).load(cfg.MODEL.WEIGHTS)
+        checkpointer = SSDCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, strict=True)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))

@@ -264,7 +264,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
         KeyError: for a misspelt key, with the nearest existing ones.
         FileNotFoundError: if there is no such file.
         ValueError: options with dashes or an odd number of ``opts``, a value of another type than
-            the key's, a wrong entry in DATASETS.REGISTER.
+            the key's, a wrong entry in DATASETS.REGISTER, a file without keys or that is its own
+            ``_BASE_``.
         yaml.constructor.ConstructorError: if the YAML would run code; it is never executed.
     """
     from ssd.data.datasets import register_datasets
@@ -341,6 +342,10 @@ def _merge(cfg: CN, merge, source: str) -> None:
         near = difflib.get_close_matches(key, _flat_keys(cfg), n=3, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise KeyError(f"unknown config key {key} in {source}{hint}") from None
+    except RecursionError:
+        raise ValueError(f"the _BASE_ of {source} leads back to it") from None
+    except (AttributeError, TypeError) as error:  # what YAML gives for it isn't a mapping
+        raise ValueError(f"{source} or a _BASE_ of it holds no KEY: VALUE: {error}") from None
 
 
 def _flat_keys(cfg: CN, prefix: str = "") -> list:

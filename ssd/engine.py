@@ -6,6 +6,7 @@ The step itself is :mod:`ssd.training_step`, what happens beside it :mod:`ssd.ho
 import contextlib
 import difflib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -56,7 +57,7 @@ from ssd.hooks import (
     validation_losses,
 )
 from ssd.inference import compile_network, optimize
-from ssd.metrics import START
+from ssd.metrics import START, end_last_line
 from ssd.solver import build_lr_scheduler, schedule_in_iterations
 from ssd.summary import holds_training
 from ssd.test_time_augmentation import SSDWithTTA
@@ -90,8 +91,8 @@ def launch(main: Callable, args) -> None:
         if args.num_gpus > (found := torch.cuda.device_count()):
             raise ValueError(f"--num-gpus {args.num_gpus}, but this machine has {found} GPUs")
     if args.num_gpus * args.num_machines > 1:
-        # the processes handle Ctrl-C themselves; this one waits for them
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _forward)
     try:
         launch_processes(
             _run,
@@ -110,7 +111,6 @@ def launch(main: Callable, args) -> None:
 def _run(main: Callable, args) -> None:
     if comm.get_world_size() == 1:
         return main(args)
-    # otherwise Ctrl-C is ignored, as in the launching process
     signal.signal(signal.SIGINT, _exit_at_once)
     try:
         main(args)
@@ -120,6 +120,12 @@ def _run(main: Callable, args) -> None:
             raise
         end_process(error.code)
     end_process()
+
+
+def _forward(number: int, frame) -> None:
+    """The launching process leaves a signal to those it launched, and waits for them."""
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, number)
 
 
 def leave_process_group() -> None:
@@ -203,10 +209,14 @@ class Trainer(DefaultTrainer):
         cfg: the given one with the learning rate, MAX_ITER and STEPS that follow from it and from
             the size of the training set.
         seconds: that :meth:`train` took.
+        evaluated: the iterations whose evaluations, where due, are done.
     """
+
+    evaluated = 0
 
     def __init__(self, cfg):
         TrainerBase.__init__(self)
+        _check_solver(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         cfg = _scale_learning_rate(cfg)
         data_loader = self.build_train_loader(cfg)
@@ -249,17 +259,41 @@ class Trainer(DefaultTrainer):
         return self._average.model if self._average else getattr(self.model, "module", self.model)
 
     def resume_or_load(self, resume: bool = True) -> None:
+        base_lrs = list(self.scheduler.base_lrs)
         super().resume_or_load(resume)
+        self._keep_base_lrs(base_lrs)
         sampler = getattr(self._trainer.data_loader, "sampler", None)
         if isinstance(sampler, RunSampler):
             sampler.start_iter = self.start_iter
         elif self.start_iter:
             logger.warning("The training loader isn't ssd's: its samples start anew")
 
+    def _keep_base_lrs(self, base_lrs: List[float]) -> None:
+        """After a resume SOLVER.BASE_LR counts, not the rate of the run before."""
+        before, self.scheduler.base_lrs = self.scheduler.base_lrs, base_lrs
+        if list(before) != base_lrs:
+            logger.info("SOLVER.BASE_LR is %g, before the resume %g", base_lrs[0], before[0])
+            for group, old, new in zip(self.optimizer.param_groups, before, base_lrs):
+                group["lr"] *= new / old
+
+    def state_dict(self) -> Dict:
+        return {**super().state_dict(), "evaluated": self.evaluated}
+
+    def load_state_dict(self, state_dict: Dict) -> None:
+        super().load_state_dict(state_dict)
+        self.evaluated = state_dict.get("evaluated", 0)
+
     def before_train(self) -> None:
         # before all else, for ssd.metrics
         self.storage.put_scalar(START, self.start_iter, smoothing_hint=False)
         super().before_train()
+        if self.evaluated < self.start_iter < self.max_iter:
+            # the run before may have ended in the evaluation after its last step
+            self.iter = self.storage.iter = self.start_iter - 1
+            for hook in self._hooks:
+                if isinstance(hook, (Evaluation, BestCheckpoint, EarlyStopping)):
+                    hook.after_step()
+            self.iter = self.storage.iter = self.start_iter
 
     def after_step(self) -> None:
         # nothing is saved or evaluated before the losses of the last step are known to be finite
@@ -334,7 +368,7 @@ class Trainer(DefaultTrainer):
             ret.append(Evaluation(0, evaluate_with_tta))
         if test.LOSS_PERIOD:
             ret.append(Evaluation(test.LOSS_PERIOD, lambda: self.test_losses(cfg, model)))
-        if cfg.VIS_PERIOD and comm.is_main_process():
+        if cfg.VIS_PERIOD > 0 and comm.is_main_process():
             metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
             ret.append(TrainingPictures(cfg.VIS_PERIOD, model, metadata))
         best = None
@@ -351,6 +385,7 @@ class Trainer(DefaultTrainer):
         return [*ret, GracefulStop(self.checkpointer), *writer]
 
     def build_writers(self) -> List[EventWriter]:
+        end_last_line(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
         writers, wandb = super().build_writers(), self.cfg.WANDB
         if wandb.ENABLED:
             config = yaml.safe_load(self.cfg.dump())
@@ -424,10 +459,29 @@ def _single(results: Dict) -> Dict:
     return next(iter(results.values())) if len(results) == 1 else results
 
 
+def _check_solver(cfg) -> None:
+    solver, test = cfg.SOLVER, cfg.TEST
+    if solver.CHECKPOINT_PERIOD < 1:
+        raise ValueError(
+            "SOLVER.CHECKPOINT_PERIOD must be at least 1 iteration, got "
+            f"{solver.CHECKPOINT_PERIOD}; the last one is always saved"
+        )
+    if test.EARLY_STOPPING.PATIENCE < 0:
+        raise ValueError(
+            "TEST.EARLY_STOPPING.PATIENCE must be 0 (never) or more evaluations, got "
+            f"{test.EARLY_STOPPING.PATIENCE}"
+        )
+    if solver.REFERENCE_WORLD_SIZE and solver.REFERENCE_IMS_PER_BATCH:
+        raise ValueError(
+            "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH both scale the "
+            "learning rate; one of them has to be 0"
+        )
+
+
 def _check_best_metric(cfg, known: Optional[List[str]]) -> None:
     """``known``: what is evaluated, or None if the evaluators aren't ours."""
     test = cfg.TEST
-    if test.EARLY_STOPPING.PATIENCE and not (test.BEST_METRIC and test.EVAL_PERIOD):
+    if test.EARLY_STOPPING.PATIENCE and not (test.BEST_METRIC and test.EVAL_PERIOD > 0):
         raise ValueError(
             "TEST.EARLY_STOPPING.PATIENCE needs TEST.BEST_METRIC, e.g. bbox/AP50, and "
             f"TEST.EVAL_PERIOD > 0, got {test.BEST_METRIC!r} and {test.EVAL_PERIOD}"

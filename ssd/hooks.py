@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 from typing import Dict, Iterable, List, Optional
 
 import numpy as np
@@ -21,6 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.checkpointer import write_atomically
 from ssd.drawing import class_name, draw_boxes
 from ssd.modeling import SSD
 
@@ -139,8 +141,8 @@ class BestCheckpoint(HookBase):
             self._best = value
             self.iteration = iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
             self._checkpointer.save("model_best", tag=False, iteration=iteration)
-            with open(self._path, "w") as file:
-                json.dump({"metric": self._metric, "value": value, "iteration": iteration}, file)
+            best = {"metric": self._metric, "value": value, "iteration": iteration}
+            write_atomically(self._path, lambda file: file.write(json.dumps(best).encode()))
             logger.info("Best %s so far: %.3f, saved as model_best.pth", self._metric, value)
 
 
@@ -175,10 +177,15 @@ def validation_losses(model: SSD, loader: Iterable[List[Dict]]) -> Dict[str, flo
 
 
 class Evaluation(EvalHook):
-    """EvalHook without the final evaluation after a failure in the last iteration, too.
+    """EvalHook that notes for a resume what is evaluated, as checkpoints are saved before.
 
-    A process that failed alone would wait for the others there, and they for it.
+    After a failure in the last iteration there is no final evaluation: a process that failed alone
+    would wait for the others there, and they for it.
     """
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.trainer.evaluated = self.trainer.iter + 1
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:
@@ -333,14 +340,16 @@ class WandbWriter(EventWriter):
 class GracefulStop(HookBase):
     """On Ctrl-C or SIGTERM finishes the iteration, saves, and exits with 128 + the signal's number.
 
-    A second signal interrupts at once.
+    A second signal interrupts at once. Within ``ONE_SIGNAL`` seconds it is the same: one to a whole
+    job comes from the launching process, too.
     """
 
     PERIOD = 10  # iterations between agreements, if there are several processes
+    ONE_SIGNAL = 1.0
 
     def __init__(self, checkpointer: SSDCheckpointer):
         self._checkpointer = checkpointer
-        self._signal = 0
+        self._signal, self._since = 0, 0.0
         self._handlers: Dict[int, object] = {}
 
     def before_train(self) -> None:
@@ -349,9 +358,12 @@ class GracefulStop(HookBase):
                 self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
-        self._signal = number
-        self._restore()
-        logger.warning("Stopping after this iteration; once more to stop at once")
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()
+            logger.warning("Stopping after this iteration; once more to stop at once")
+        elif time.monotonic() - self._since > self.ONE_SIGNAL:
+            self._restore()
+            signal.raise_signal(number)
 
     def after_step(self) -> None:
         stop = self._signal

@@ -1,11 +1,21 @@
 """Reads OUTPUT_DIR/metrics.json, which Detectron2's JSONWriter appends to."""
 
 import json
+import os
 from typing import Any, Dict, List, Tuple
 
-__all__ = ["START", "read_metrics"]
+__all__ = ["START", "end_last_line", "read_metrics"]
 
 START = "start_iter"  # what our Trainer logs first of all
+
+
+def end_last_line(path: str) -> None:
+    """Lets what a killed run has cut off be a line of its own, before more is appended."""
+    if os.path.isfile(path) and os.path.getsize(path):
+        with open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
 
 
 def read_metrics(path: str) -> Tuple[List[Dict[str, Any]], int]:

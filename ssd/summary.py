@@ -75,9 +75,10 @@ def _training(trainer) -> List[Tuple[str, str]]:
     time = str(timedelta(seconds=round(trainer.seconds)))
     if trainer.start_iter:
         time += f" for those from {trainer.start_iter} on, after a resume"
-    iterations, trained_on = f"{trainer.max_iter} of batch {batch}", ", ".join(cfg.DATASETS.TRAIN)
+    count = max(trainer.start_iter, trainer.max_iter)  # a resume may find more than MAX_ITER
+    iterations, trained_on = f"{count} of batch {batch}", ", ".join(cfg.DATASETS.TRAIN)
     if images:
-        iterations += f" (epochs: {trainer.max_iter * batch / images:.1f})"
+        iterations += f" (epochs: {count * batch / images:.1f})"
         trained_on += f" ({images} images)"
     if trainer.max_iter < cfg.SOLVER.MAX_ITER:
         iterations += f", stopped early; planned: {cfg.SOLVER.MAX_ITER}"

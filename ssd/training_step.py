@@ -78,10 +78,12 @@ class TrainingStep(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: Dict) -> None:
-        # which kernels run is this machine's choice, not that of the one that saved
-        kernels = [{k: x.get(k) for k in ("foreach", "fused")} for x in self.optimizer.param_groups]
+        # the config and this machine (which kernels run) count, not those of the run that saved;
+        # "lr" is the schedule's
+        groups = self.optimizer.param_groups
+        owns = [{k: x for k, x in group.items() if k not in ("params", "lr")} for group in groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.optimizer.param_groups, kernels):
+        for group, own in zip(self.optimizer.param_groups, owns):
             group.update(own)
         for parameter, state in self.optimizer.state.items():
             if (momentum := state.get("momentum_buffer")) is not None:

@@ -121,6 +121,17 @@ def test_value_of_another_type_names_the_key():
         load_config(BASE, ["MODEL.SSD.NUM_CLASSES", "many"])
 
 
+@pytest.mark.parametrize("text, message", [
+    ("", "config.yaml or a _BASE_ of it holds no KEY: VALUE"),
+    ("- MODEL", "config.yaml or a _BASE_ of it holds no KEY: VALUE"),
+    ("_BASE_: config.yaml", "the _BASE_ of .*config.yaml leads back to it"),
+])  # fmt: skip
+def test_file_without_keys_and_its_own_base(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(str(tmp_path / "config.yaml"))
+
+
 def test_missing_file(tmp_path):
     path = str(tmp_path / "absent.yaml")
     with pytest.raises(FileNotFoundError, match="--config-file.*absent.yaml.*current folder"):

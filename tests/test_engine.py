@@ -283,9 +283,10 @@ def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg):
     assert best == {"metric": "bbox/AP50", "value": 30.0, "iteration": 1}
     assert checkpoint(cfg, "model_best.pth")["iteration"] == 1
 
-    _, best = run(5, [29.0, float("nan")], resume=True)
+    # a resume repeats the evaluation of its first checkpoint
+    _, best = run(5, [20.0, 29.0, float("nan")], resume=True)
     assert best["value"] == 30.0
-    cfg, best = run(7, [31.0, 5.0], resume=True)
+    cfg, best = run(7, [float("nan"), 31.0, 5.0], resume=True)
     assert (best["value"], best["iteration"]) == (31.0, 5)
     assert checkpoint(cfg, "model_best.pth")["iteration"] == 5
 
@@ -293,7 +294,7 @@ def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg):
     assert best["value"] == 2.0
     with pytest.raises(FileNotFoundError, match="model_best.json"):
         run(2, [float("nan")] * 2, resume=False)
-    _, best = run(3, [0.5], resume=True)  # nor a resumed one of it
+    _, best = run(3, [float("nan"), 0.5], resume=True)  # nor a resumed one of it
     assert best == {"metric": "bbox/AP50", "value": 0.5, "iteration": 2}
 
 
@@ -357,6 +358,31 @@ def test_best_metric_of_an_evaluator_of_ones_own(tiny_cfg):
     train(tiny_cfg(*opts, "TEST.BEST_METRIC", "bbox/AP50"), OwnTrainer)
     with pytest.raises(ValueError, match="TEST.BEST_METRIC 'own/F1' is not evaluated.*bbox/AP50"):
         train(tiny_cfg(*opts, "TEST.BEST_METRIC", "own/F1"), OwnTrainer)
+
+
+@pytest.mark.parametrize("key, opts", [
+    ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD 0"),
+    ("TEST.EARLY_STOPPING.PATIENCE", "TEST.EARLY_STOPPING.PATIENCE -1"),
+    ("REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.REFERENCE_IMS_PER_BATCH 8"),
+])  # fmt: skip
+def test_periods_and_rates_that_make_no_sense_are_refused_at_once(tiny_cfg, key, opts):
+    with pytest.raises(ValueError, match=key):
+        Trainer(tiny_cfg(*opts.split()))
+
+
+def test_a_resume_takes_the_rates_of_its_config(tiny_cfg):
+    opts = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR"]
+    first = train(tiny_cfg(*opts, 0.02, "SOLVER.MAX_ITER", 2))
+    opts = [*opts, 0.002, "SOLVER.WEIGHT_DECAY", 0.1, "SOLVER.MAX_ITER", 4]
+    trainer = Trainer(tiny_cfg(*opts))
+    trainer.resume_or_load(True)
+    group, before = (x.optimizer.param_groups[0] for x in (trainer, first))
+    assert group["lr"] == pytest.approx(before["lr"] / 10) and group["weight_decay"] == 0.1
+    expected = Trainer(trainer.cfg)
+    expected.scheduler.step(2)
+    trainer.scheduler.step(2)
+    rates = [x.optimizer.param_groups[0]["lr"] for x in (trainer, expected)]
+    assert rates[0] == rates[1] > 0
 
 
 def test_missing_test_data_show_before_the_training(tiny_cfg, repo, tmp_path, tiny_opts):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 
 import numpy as np
@@ -15,7 +16,7 @@ from trainers import ScriptedTrainer, checkpoint, joined, train
 
 from ssd.config import load_config
 from ssd.engine import Trainer
-from ssd.hooks import TrainingPictures, WandbWriter, validation_losses
+from ssd.hooks import GracefulStop, TrainingPictures, WandbWriter, validation_losses
 
 STOPPING = "TEST.EVAL_PERIOD 1 TEST.BEST_METRIC bbox/AP50 SOLVER.IMS_PER_BATCH 2".split()
 
@@ -179,7 +180,7 @@ def test_early_stop_of_a_resumed_run(tiny_cfg):
         return trainer
 
     assert run(2, 3, [30.0, 20.0], resume=False).iter == 2
-    trainer = run(9, 3, [29.0, 30.0, 1.0])
+    trainer = run(9, 3, [20.0, 29.0, 30.0, 1.0])  # first that of the checkpoint once more
     assert (trainer.start_iter, trainer.iter) == (2, 4)
     for _ in range(2):
         trainer = run(9, 3, [1.0])
@@ -187,6 +188,38 @@ def test_early_stop_of_a_resumed_run(tiny_cfg):
         assert checkpoint(trainer.cfg, "model_final.pth")["iteration"] == 3
     trainer = run(9, 4, [31.0, 1.0, 2.0, 3.0, 4.0])  # a new best, then four without
     assert (trainer.start_iter, trainer.iter) == (4, 9)
+
+
+def test_an_evaluation_that_was_killed_is_repeated(tiny_cfg, tmp_path):
+    """Best value and early stop are those of the run that nobody killed."""
+    opts = [*STOPPING, "SOLVER.MAX_ITER", 9, "TEST.EARLY_STOPPING.PATIENCE", 2]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", 1, "OUTPUT_DIR"]
+
+    def run(folder, script, resume=False):
+        ScriptedTrainer.script = script
+        cfg = tiny_cfg(*opts, str(tmp_path / folder))
+        trainer = train(cfg, ScriptedTrainer, resume)
+        assert not ScriptedTrainer.script
+        best = json.loads((tmp_path / folder / "model_best.json").read_text())
+        return trainer.iter, best
+
+    iteration, best = expected = run("whole", [5.0, 9.0, 4.0, 3.0, 2.0])
+    assert iteration == 4 and best["iteration"] == 1
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", [5.0, KeyboardInterrupt()])
+    assert run("killed", [9.0, 4.0, 3.0, 2.0], resume=True) == expected
+    assert checkpoint(tiny_cfg(*opts, str(tmp_path / "killed")), "model_best.pth")["iteration"] == 1
+
+
+def test_only_a_later_signal_stops_at_once(monkeypatch):
+    """The launching process passes one to a whole job on, so that it comes twice."""
+    now, raised = [100.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("signal.raise_signal", raised.append)
+    hook = GracefulStop(None)
+    for now[0], expected in ((100.0, []), (100.5, []), (101.5, [signal.SIGTERM])):
+        hook._note(signal.SIGTERM, None)
+        assert raised == expected
 
 
 @pytest.mark.parametrize("opts", [

@@ -4,7 +4,7 @@ import pytest
 from detectron2.utils.events import EventStorage, JSONWriter
 from trainers import train
 
-from ssd.metrics import START, read_metrics
+from ssd.metrics import START, end_last_line, read_metrics
 
 
 def run(path, start, stop, evaluate_at=(), period=4, late=False):
@@ -35,6 +35,20 @@ def series(path, name):
     iterations = [record["iteration"] for record in records]
     assert broken == 0 and iterations == sorted(iterations)
     return {x["iteration"]: x[name] for x in records if name in x}
+
+
+def test_a_line_that_is_cut_off_swallows_no_other(tmp_path):
+    path = tmp_path / "metrics.json"
+    end_last_line(str(path))  # there is none yet
+    for text in ("", '{"iteration": 1}\n'):
+        path.write_text(text)
+        end_last_line(str(path))
+        assert path.read_text() == text
+    path.write_text(f'{{"iteration": 3, "{START}": 0}}\n{{"iteration": 4, "lo')
+    end_last_line(str(path))
+    with open(path, "a") as file:
+        file.write(f'{{"iteration": 2, "{START}": 2}}\n')
+    assert read_metrics(str(path)) == ([{"iteration": 2, START: 2}], 1)
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
 
-from ssd.engine import Trainer
+from ssd.engine import Trainer, argument_parser
 
 TIMEOUT = 120  # seconds that one command may take on a busy machine
 RUN = "SOLVER.MAX_ITER 30 SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1"
@@ -68,9 +68,9 @@ class Command:
         self._process.wait()
         self.stop()
 
-    def interrupt(self):
-        """Ctrl-C: the terminal sends it to all processes."""
-        os.killpg(self._process.pid, signal.SIGINT)
+    def send(self, number):
+        """A signal to all processes, as a terminal sends Ctrl-C and a scheduler SIGTERM."""
+        os.killpg(self._process.pid, number)
 
     def stop(self):
         try:
@@ -173,7 +173,7 @@ def test_killed_and_interrupted_run_resumes_to_the_same_weights(
 
     interrupted = start(RUN, tmp_path, "--resume")
     interrupted.wait_for_checkpoint(after=checkpoints(tmp_path)[-1])
-    interrupted.interrupt()
+    interrupted.send(signal.SIGINT)
     code, text = interrupted.wait()
     assert code == 130, text[-3000:]
     assert first_iteration(text) == last + 1
@@ -195,7 +195,7 @@ def test_killed_and_interrupted_run_resumes_to_the_same_weights(
 
 def test_processes_give_the_result_of_one_and_stop_together(start, tiny_cfg, tmp_path):
     opts = f"{SHARED} SOLVER.MAX_ITER 3"
-    endless = f"{SHARED} SOLVER.MAX_ITER 100000 SOLVER.CHECKPOINT_PERIOD 3"
+    endless = f"{SHARED} SOLVER.MAX_ITER 100000 SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     # at the same time: they must not meet at one port
     stopped = start(endless, tmp_path / "stopped", "--num-gpus", "2")
@@ -204,7 +204,7 @@ def test_processes_give_the_result_of_one_and_stop_together(start, tiny_cfg, tmp
         start(opts, tmp_path / "torchrun", launcher=torchrun),
     ]
     stopped.wait_for_checkpoint()
-    stopped.interrupt()
+    stopped.send(signal.SIGTERM)
 
     cfg = tiny_cfg(*opts.split(), "OUTPUT_DIR", str(tmp_path / "one"))
     seed_all_rng(cfg.SEED)
@@ -228,7 +228,7 @@ def test_processes_give_the_result_of_one_and_stop_together(start, tiny_cfg, tmp
     assert (tmp_path / "stopped" / "last_checkpoint").read_text() == f"model_{last:07d}.pth"
     assert read_checkpoint(tmp_path / "stopped" / f"model_{last:07d}.pth")["iteration"] == last
     assert last % 10 == 9  # the processes agree every 10 iterations
-    assert code == 130 and "Traceback" not in text, text[-3000:]
+    assert code == 143 and "Traceback" not in text, text[-3000:]
 
 
 def last_losses(folder):
@@ -236,6 +236,17 @@ def last_losses(folder):
     line = next(line for line in reversed(lines) if "total_loss" in line)
     assert line["iteration"] == 2
     return [line[key] for key in ("total_loss", "loss_cls", "loss_box_reg")]
+
+
+def test_evaluation_takes_the_last_checkpoint_with_resume(repo, tiny_cfg, tiny_opts):
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 1)
+    Trainer(cfg).train()
+    main = runpy.run_path(str(repo / "train_net.py"))["main"]
+    lab = str(repo / "labs" / "quickstart" / "config.yaml")
+    opts = [*tiny_opts, "OUTPUT_DIR", cfg.OUTPUT_DIR]
+    main(argument_parser().parse_args(["--config-file", lab, "--eval-only", "--resume", *opts]))
+    with open(f"{cfg.OUTPUT_DIR}/log.txt") as file:
+        assert f"Loading from {cfg.OUTPUT_DIR}/model_final.pth" in file.read()
 
 
 @pytest.mark.parametrize("arguments, last_line", [

@@ -1,5 +1,6 @@
 """Reads and writes checkpoints as data: nothing is unpickled that could run code."""
 
+import io
 import logging
 import os
 from typing import Any, Dict, Iterable, List, Optional, Tuple
@@ -76,7 +77,10 @@ class SSDCheckpointer(DetectionCheckpointer):
             )
         if self._strict and not path:
             raise ValueError("evaluation needs weights: MODEL.WEIGHTS is empty")
-        self._resuming = bool(self.save_dir) and path == self.get_checkpoint_file()
+        # resume_or_load gives [] for what isn't one
+        resuming = bool(self.save_dir) and checkpointables is None
+        self._resuming = resuming and path == self.get_checkpoint_file()
+        self._path = path
         self._parsed_url_during_load = None  # Detectron2 leaves it behind when a load fails
         return super().load(path, checkpointables)
 
@@ -85,10 +89,20 @@ class SSDCheckpointer(DetectionCheckpointer):
 
         Args:
             tag: whether ``--resume`` goes on from this file.
+
+        Raises:
+            FloatingPointError: a weight isn't finite; nothing is written.
+            OSError: it can't be written.
         """
         if not (self.save_dir and self.save_to_disk):
             return
         data = {"model": self.model.state_dict()}
+        bad = [key for key, x in data["model"].items() if not x.isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"{name}.pth is not saved: {_first(bad)} hold NaN or infinite values. Lower "
+                "SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS; --resume goes on from what was saved"
+            )
         if names := _class_names(self._cfg):
             data["classes"] = names
         data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
@@ -128,7 +142,9 @@ class SSDCheckpointer(DetectionCheckpointer):
         own = self.model.state_dict()
         for name, value in state.items():
             if name in own and value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"MODEL.WEIGHTS {found}: {name} holds NaN or infinite values")
+                raise ValueError(
+                    f"MODEL.WEIGHTS {self._path} ({found}): {name} holds NaN or infinite values"
+                )
         checkpoint["model"] = state
         checkpoint["matching_heuristics"] = False
         result = super()._load_model(checkpoint)
@@ -142,16 +158,15 @@ class SSDCheckpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS fits nothing in this model: it holds {_first(list(state))}; the "
                 f"model needs {_first(unfilled)}{self._advice}"
             )
-        if self._strict and unfilled:
+        if (self._strict or self._resuming) and unfilled:
             missing = [name for name in unfilled if name not in other_shape]
             shapes = [f"{name} {a} (expected {b})" for name, (a, b) in other_shape.items()]
             problems = [f"missing {_first(missing)}"] if missing else []
             problems += [
                 f"of another shape {_first(shapes)}; is MODEL.SSD.NUM_CLASSES that of the weights?"
             ] if shapes else []  # fmt: skip
-            raise ValueError(
-                f"MODEL.WEIGHTS doesn't fill the model: {'; '.join(problems)}{self._advice}"
-            )
+            what = "MODEL.WEIGHTS" if self._strict else f"--resume: {self._path}"
+            raise ValueError(f"{what} doesn't fill the model: {'; '.join(problems)}{self._advice}")
         return result
 
     def _to_ours(self, checkpoint: Dict[str, Any]) -> Tuple[State, str]:
@@ -265,18 +280,34 @@ def _first(names, count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if names[count:] else "")
 
 
+class _Output(io.BufferedWriter):
+    """Remembers a write that failed, for which torch.save raises an error of its own."""
+
+    error: Optional[OSError] = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 def write_atomically(path: str, write) -> None:
     """``write`` gets a file beside ``path``, which then replaces it: an error leaves it whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary, file = f"{path}.{os.getpid()}.tmp", None
     try:
-        with open(temporary, "wb") as file:
+        with _Output(io.FileIO(temporary, "wb")) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else getattr(file, "error", None)
+        if cause is None:
+            raise
         raise OSError(
-            error.errno, f"{error.strerror}; what was saved before is whole (OUTPUT_DIR)", path
+            cause.errno, f"{cause.strerror}; what was saved before is whole (OUTPUT_DIR)", path
         ) from None
     finally:
         if os.path.exists(temporary):

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import random
-import signal
 from multiprocessing import reduction
 from typing import Callable, Iterator, List, Optional, Sequence
 
@@ -189,13 +188,15 @@ def num_images(loader) -> Optional[int]:
 def build_test_loader(cfg, dataset_name: str, mapper: Optional[Callable] = None):
     """Detectron2's test loader with our mapper, ``TEST.IMS_PER_BATCH`` images at a time."""
     with _say_where(f"DATASETS.TEST {dataset_name!r}"):
-        return build_detection_test_loader(
+        loader = build_detection_test_loader(
             cfg,
             dataset_name,
             mapper=mapper or SSDDatasetMapper(cfg, False),
             batch_size=cfg.TEST.IMS_PER_BATCH,
             collate_fn=Batch,
         )
+    loader.worker_init_fn = _init_worker
+    return loader
 
 
 @contextlib.contextmanager
@@ -280,4 +281,5 @@ def _receive(data: bytes, layout: List[tuple], fd) -> list:
 def _init_worker(_: int) -> None:
     cv2.setNumThreads(0)
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    # Ctrl-C, and a SIGTERM to the whole job, are the main process's to handle
+    os.setpgid(0, 0)

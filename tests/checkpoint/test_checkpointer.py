@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import pickle
 import re
@@ -97,6 +98,24 @@ def test_only_the_process_that_writes_to_disk_saves(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    checkpointer = SSDCheckpointer(model := make_model(), str(tmp_path))
+    checkpointer.save("model_0000001")
+    next(x for name, x in model.named_buffers() if "running_var" in name).fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="model_0000002.pth is not saved: .*running_var"):
+        checkpointer.save("model_0000002")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert set(os.listdir(tmp_path)) == {"model_0000001.pth", "last_checkpoint"}
+
+
+def test_resuming_another_model_is_an_error(tmp_path):
+    SSDCheckpointer(make_model(), str(tmp_path)).save("model_0000001")
+    other = make_model("MODEL.SSD.NUM_CLASSES", "5")
+    checkpointer = SSDCheckpointer(other, str(tmp_path))
+    with pytest.raises(ValueError, match="--resume: .*model_0000001.pth doesn't fill the model"):
+        checkpointer.resume_or_load("", resume=True)
+
+
 def test_detectron2s_checkpointer_reads_our_files(tmp_path):
     model, other = make_model(), make_model(seed=1)
     SSDCheckpointer(model, str(tmp_path)).save("model")
@@ -104,25 +123,26 @@ def test_detectron2s_checkpointer_reads_our_files(tmp_path):
     assert same(other.state_dict(), model.state_dict())
 
 
-def failing_save(checkpointer, kind):
-    if kind == "object":
+def failing_save(checkpointer, room):
+    if room is None:
         checkpointer.save("model", extra=lambda: 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # as a full disk
     try:
         checkpointer.save("model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("kind", ["object", "disk"])
-def test_a_failing_save_leaves_the_earlier_file_whole(tmp_path, kind):
+@pytest.mark.parametrize("room", [None, 100, 20_000, 100_000])  # bytes; None: what can't be saved
+def test_a_failing_save_leaves_the_earlier_file_whole(tmp_path, room):
     checkpointer = SSDCheckpointer(make_model(), str(tmp_path))
     checkpointer.save("model")
     before = (tmp_path / "model.pth").read_bytes()
     assert len(before) > 200_000
-    with pytest.raises((RuntimeError, OSError, pickle.PicklingError, AttributeError)):
-        failing_save(checkpointer, kind)
+    errors = OSError if room else (pickle.PicklingError, AttributeError)
+    with pytest.raises(errors, match="what was saved before is whole" if room else None):
+        failing_save(checkpointer, room)
     assert (tmp_path / "model.pth").read_bytes() == before
     assert set(os.listdir(tmp_path)) == {"model.pth", "last_checkpoint"}
 
@@ -539,6 +559,17 @@ def test_resuming_maps_no_classes(tmp_path, classed, log):
     SSDCheckpointer(model, str(tmp_path), cfg=cfg).resume_or_load("", resume=True)
     assert same(model.state_dict(), source.state_dict())
     assert "was trained on the classes a, b, c, but the data set's are c, a, b" in log.text
+
+
+def test_fine_tuning_in_the_folder_of_the_weights_maps_classes(tmp_path, classed):
+    cfg, source = classed("abc")
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed("cab", 1)
+    checkpointer = SSDCheckpointer(model, str(tmp_path), cfg=cfg)
+    checkpointer.resume_or_load(str(tmp_path / "model.pth"), resume=False)
+    bias = "head.cls_predictors.0.1.bias"
+    found, given = (x.state_dict()[bias].view(-1, 4) for x in (model, source))
+    assert torch.equal(found, given[:, [2, 0, 1, 3]])
 
 
 @pytest.mark.parametrize("class_map", [[], [2, 1]])

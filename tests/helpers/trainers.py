@@ -22,13 +22,16 @@ def joined(rank, folder):
 
 
 class ScriptedTrainer(Trainer):
-    """A Trainer whose evaluations give the values of ``script``, one after the other."""
+    """A Trainer whose evaluations give the values of ``script``, one after the other, or raise."""
 
     script = []
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        return {"bbox": {"AP50": cls.script.pop(0)}} if comm.is_main_process() else {}
+        value = cls.script.pop(0) if comm.is_main_process() else None
+        if isinstance(value, BaseException):
+            raise value
+        return {"bbox": {"AP50": value}} if comm.is_main_process() else {}
 
 
 def train(cfg, trainer_class=Trainer, resume=False):
