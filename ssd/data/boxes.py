@@ -63,7 +63,7 @@ def box_defect(box: Sequence[float], record: dict) -> str:
     for side, length in (("width", x2 - x1), ("height", y2 - y1)):
         if length <= 0:
             return f"has {'negative' if length < 0 else 'zero'} {side}: {box}"
-    width, height = record.get("width", math.inf), record.get("height", math.inf)
+    width, height = (record.get(side) or math.inf for side in ("width", "height"))
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
         return f"lies outside the image of {width}x{height}: {box}"
     return ""

@@ -22,4 +22,6 @@ def image_size(file_name: str) -> tuple[int, int]:
     """(height, width) from the file's header, turned as EXIF says."""
     with Image.open(file_name) as image:
         width, height = image.size
-        return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
+        if image.format == "TIFF":  # which Pillow may have turned itself
+            width, height = image.tag_v2[256], image.tag_v2[257]
+        return (width, height) if image.getexif().get(0x0112) in range(5, 9) else (height, width)

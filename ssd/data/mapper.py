@@ -85,7 +85,7 @@ class SSDDatasetMapper:
             boxes = aug_input.boxes
             keep = centers_inside(boxes, size)
             boxes = boxes.clip(0, (width, height, width, height)).astype(np.float32)
-            keep &= (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+            keep &= _has_area(boxes)
             instances = Instances(size)
             instances.gt_boxes = Boxes(torch.from_numpy(boxes[keep]))
             instances.gt_classes = torch.from_numpy(classes[keep])
@@ -112,9 +112,15 @@ def _ground_truth(annotations: Sequence[Dict], size) -> tuple:
     boxes = xyxy_boxes(annotations)
     classes = np.asarray([x["category_id"] for x in annotations], dtype=np.int64)
     height, width = size
-    boxes = np.clip(boxes, 0, [width, height, width, height])  # NaN stays NaN
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # False for NaN
+    finite = np.isfinite(boxes).all(axis=1)
+    boxes = np.clip(boxes, 0, [width, height, width, height])
+    keep = finite & _has_area(boxes)
     return boxes[keep], classes[keep]
+
+
+def _has_area(boxes: np.ndarray) -> np.ndarray:
+    # what rounding leaves of a box at the edge would have logarithms without bound
+    return (boxes[:, 2:] - boxes[:, :2] > 1e-3).all(axis=1)
 
 
 def read_image(
@@ -129,7 +135,8 @@ def read_image(
         image_format: "RGB" or "BGR".
         size: (height, width) that the annotations state, or None each.
         reduction: 2, 4 or 8 decodes a JPEG of that ``size`` at a fraction of it, rounded up, which
-            is faster: each pixel is the mean of reduction² ones. All others are read in full.
+            is faster: each pixel is the mean of reduction² ones. All others are read in full, as
+            are those with EXIF data whose sides aren't multiples of it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -149,7 +156,10 @@ def read_image(
     if _is_truncated_jpeg(data):
         raise ValueError(f"image {file_name} is truncated ({len(data)} bytes, no end marker)")
     rgb, expected = image_format == "RGB", tuple(size)
-    if reduction > 1 and None not in expected and data.startswith(_JPEG):
+    reducible = reduction > 1 and None not in expected and data.startswith(_JPEG)
+    if reducible and b"Exif" in data[:4096]:  # turned by it, incomplete pixels could come first
+        reducible = all(side % reduction == 0 for side in expected)
+    if reducible:
         image = _decode(data, rgb, _REDUCTIONS[reduction])
         if image is not None and image.shape[:2] == tuple(-(-v // reduction) for v in expected):
             return image

@@ -44,7 +44,7 @@ def read_voc(
     image_folder = os.path.join(root, "JPEGImages")
     require(image_folder, f"{key}.ROOT = {root!r}")
     images = set(os.listdir(image_folder))
-    with open(list_file, encoding="utf-8") as f:
+    with open(list_file, encoding="utf-8-sig") as f:
         ids = dict.fromkeys(line.strip() for line in f if line.strip())
     records = []
     for image_id in ids:
@@ -52,7 +52,7 @@ def read_voc(
         require(xml_file, f"{image_id!r} in {list_file}, {key}.SPLIT")
         try:
             tree = ET.parse(xml_file)
-        except ET.ParseError as error:
+        except (ET.ParseError, ValueError) as error:  # ValueError: an encoding
             raise ValueError(f"{xml_file} is not valid XML: {error} ({key}.ROOT)") from None
         image = f"{image_id}.jpg"
         if image not in images:
@@ -60,9 +60,10 @@ def read_voc(
         file_name = os.path.join(image_folder, image)
         if image not in images:
             require(file_name, f"{image_id!r} in {list_file}, {key}.SPLIT")
-        height, width = (int(_number(tree.find("size"), side)) for side in ("height", "width"))
-        if height <= 0 or width <= 0:
-            height, width = image_size(file_name)
+        sides = [_number(tree.find("size"), side) for side in ("height", "width")]
+        if not all(1 <= side < math.inf for side in sides):
+            sides = image_size(file_name)
+        height, width = map(int, sides)
         record = {"file_name": file_name, "image_id": image_id, "height": height, "width": width}
         record["annotations"] = []
         for obj in tree.findall("object"):

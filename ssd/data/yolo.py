@@ -1,5 +1,6 @@
 """Data sets in YOLO's format."""
 
+import collections
 import logging
 import os
 from typing import Sequence
@@ -45,8 +46,8 @@ def read_yolo(
 
     Raises:
         FileNotFoundError: there is no ``images``, or no label file for any of them.
-        ValueError: with every image that can't be read, and every line that isn't as above: its
-            file, number and defect.
+        ValueError: with every image that can't be read, every line that isn't as above (its file,
+            number and defect), and every label file of two images.
     """
     require(images, f"{key}.IMAGES")
     is_list = images.endswith(".txt")
@@ -68,6 +69,9 @@ def read_yolo(
         )
         problems += found
         records.append(record)
+    if is_list and labels:  # images of several folders
+        counts = collections.Counter(label_files)
+        problems += [f"{path} is of {n} images of one name" for path, n in counts.items() if n > 1]
     if problems:
         more = [f"and {len(problems) - 50} more"] if len(problems) > 50 else []
         raise ValueError(f"{key}: {len(problems)} errors:\n" + "\n".join(problems[:50] + more))
@@ -89,7 +93,7 @@ def _images_in(folder: str) -> list[str]:
     """Paths relative to ``folder``, in order."""
     return sorted(
         os.path.relpath(os.path.join(parent, file), folder)
-        for parent, _, files in os.walk(folder)
+        for parent, _, files in os.walk(folder, followlinks=True)
         for file in files
         if file.lower().endswith(_IMAGE_EXTENSIONS)
     )

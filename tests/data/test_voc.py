@@ -68,6 +68,24 @@ def test_voc_image_of_another_type_and_unknown_size(tmp_path):
         assert (record["height"], record["width"]) == (30, 40)
 
 
+def test_voc_files_of_windows_and_sizes_that_are_none(tmp_path):
+    sizes = (
+        "<size><width>nan</width><height>30</height></size>",
+        "<size><width>inf</width></size>",
+    )
+    write_voc(tmp_path, dict(zip("ab", (voc_xml(size=size) for size in sizes))))
+    path = tmp_path / "ImageSets/Main/train.txt"
+    path.write_text("\ufeff" + path.read_text().replace("\n", "\r\n"), encoding="utf-8")
+    records = read_voc(str(tmp_path), "train", ["cat"])
+    assert [(r["image_id"], r["height"], r["width"]) for r in records] == [
+        ("a", 30, 40), ("b", 30, 40)
+    ]  # fmt: skip
+    xml = '<?xml version="1.0" encoding="gb2312"?>' + voc_xml()
+    (tmp_path / "Annotations/a.xml").write_text(xml)
+    with pytest.raises(ValueError, match="a.xml is not valid XML: .*encoding"):
+        read_voc(str(tmp_path), "train", ["cat"])
+
+
 def test_voc_box_defects_are_dropped_and_logged(tmp_path, caplog):
     boxes = [(5, 5, 5, 9), (9, 5, 3, 9), (1, 1, 10, 10), (1, "x", 9, 9), (41, 1, 60, 9)]
     write_voc(tmp_path / "v", {"a": voc_xml(*map(voc_object, boxes))})

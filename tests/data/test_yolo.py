@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from ssd.data.datasets import check_class_count, read_every_box, register_datasets
+from ssd.data.mapper import read_image
 from ssd.data.yolo import read_yolo
 from ssd.evaluation import COCOBoxEvaluator, VOCEvaluator
 
@@ -46,15 +47,17 @@ def test_yolo(tmp_path, caplog):
     assert cat["category_id"] == 0 and cat["bbox"] == pytest.approx([8, 12, 12, 18])
 
 
-def test_yolo_size_is_turned_as_exif_says(tmp_path):
+@pytest.mark.parametrize("extension", ["jpg", "tif"])
+def test_yolo_size_is_turned_as_exif_says(tmp_path, extension):
     os.makedirs(tmp_path / "images")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (40, 30)).save(tmp_path / "images/a.jpg", exif=exif)
+    Image.new("RGB", (40, 30)).save(tmp_path / f"images/a.{extension}", exif=exif)
     os.makedirs(tmp_path / "labels")
     (tmp_path / "labels/a.txt").write_text("0 0.5 0.25 1 0.5")
     (record,) = read_yolo(str(tmp_path / "images"), "", ["cat"])
-    assert (record["height"], record["width"]) == (40, 30)
+    size = record["height"], record["width"]
+    assert size == (40, 30) == read_image(record["file_name"], "RGB", size).shape[:2]
     assert record["annotations"][0]["bbox"] == [0, 0, 30, 20]
 
 
@@ -143,6 +146,28 @@ def test_yolo_class_names_from_a_file(tmp_path, file, text):
     check_class_count(cfg)
     DatasetCatalog.get("t_yolo")  # once more
     assert MetadataCatalog.get("t_yolo").thing_classes == ["cat", "no"]
+
+
+def test_yolo_images_of_one_name(tmp_path):
+    """Of a list with LABELS they would share a file."""
+    root = tmp_path / "y"
+    for folder in ("1", "2"):
+        write_yolo(root, {"a.jpg": None}, folder)
+    write_yolo(root, {"a.jpg": ["0 .5 .5 1 1"]}, "copies", "notes")
+    (root / "train.txt").write_text("1/a.jpg\n2/a.jpg\n")
+    with pytest.raises(ValueError, match="notes/a.txt is of 2 images of one name"):
+        read_yolo(str(root / "train.txt"), str(root / "notes"), ["cat"])
+
+
+def test_yolo_follows_links_to_folders(tmp_path):
+    write_yolo(tmp_path / "other", {"b.jpg": ["0 .5 .5 1 1"]}, "images", "labels")
+    write_yolo(tmp_path / "y", {"a.jpg": []}, "images", "labels")
+    for folder in ("images", "labels"):
+        (tmp_path / "y" / folder / "more").symlink_to(tmp_path / "other" / folder)
+    records = read_yolo(str(tmp_path / "y/images"), "", ["cat"])
+    assert [(r["image_id"], len(r["annotations"])) for r in records] == [
+        ("a.jpg", 0), ("more/b.jpg", 1)
+    ]  # fmt: skip
 
 
 def test_yolo_errors(tmp_path):
