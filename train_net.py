@@ -10,13 +10,8 @@ from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 from ssd.checkpoint import SSDCheckpointer  # noqa: E402
-from ssd.engine import (  # noqa: E402
-    Trainer,
-    argument_parser,
-    draw_detections,
-    launch,
-    setup,
-)
+from ssd.engine import Trainer, draw_detections, setup  # noqa: E402
+from ssd.launch import argument_parser, launch  # noqa: E402
 from ssd.summary import write_summary  # noqa: E402
 
 

@@ -19,8 +19,9 @@ from trainers import ScriptedTrainer, checkpoint, joined, train
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
-from ssd.engine import Trainer, TrainingStep, argument_parser, draw_detections, launch, setup
+from ssd.engine import Trainer, TrainingStep, draw_detections, setup
 from ssd.hooks import WeightAverage
+from ssd.launch import argument_parser
 from ssd.summary import write_summary
 
 PLAIN = (
@@ -477,20 +478,6 @@ def test_an_evaluation_keeps_the_config_of_a_training(flags, training, kept, rep
     setup(argument_parser().parse_args([*flags, "--config-file", lab, "OUTPUT_DIR", str(tmp_path)]))
     assert ((tmp_path / "config.yaml").read_text() == "of a run: before\n") == kept
     assert "MAX_ITER" in (tmp_path / "log.txt").read_text()  # the evaluation's
-
-
-def test_several_machines_need_an_address():
-    args = argument_parser().parse_args(["--num-machines", "2"])
-    with pytest.raises(ValueError, match="--dist-url"):
-        launch(print, args)
-
-
-def test_one_process_is_launched_in_place(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    args = argument_parser().parse_args([])
-    seen = []
-    launch(seen.append, args)
-    assert seen == [args]
 
 
 def test_overfits_four_images_and_draws_them(tiny_cfg, datasets_folder, tmp_path, monkeypatch):

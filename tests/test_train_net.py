@@ -14,7 +14,8 @@ import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
 
-from ssd.engine import Trainer, argument_parser
+from ssd.engine import Trainer
+from ssd.launch import argument_parser
 
 TIMEOUT = 120  # seconds that one command may take on a busy machine
 RUN = "SOLVER.MAX_ITER 30 SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1"

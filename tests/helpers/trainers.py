@@ -7,7 +7,8 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ssd.engine import Trainer, end_process, leave_process_group
+from ssd.engine import Trainer
+from ssd.launch import end_process, leave_process_group
 
 
 @contextlib.contextmanager
