@@ -22,7 +22,9 @@ _CHANGES = {
     "torchvision_vgg16": "fc6, fc7 subsampled, scale",
     "torchvision_vgg16_features": "no fc6, fc7",
     "caffe_vgg16": "fc6, fc7 subsampled",
+    "detectron2_resnet_resnext": "Caffe2's names; scale",
     "detectron2_resnet_msra": "Caffe2's names; scale",
+    "vgg16_features": "no fc6, fc7; scale",
 }
 _LINEAGES = "tests/checkpoint/test_lineages.py: plain evaluation"
 # What its output was compared with, and where.

@@ -125,10 +125,11 @@ class SSDCheckpointer(DetectionCheckpointer):
                 data["model"] = data.pop("ema")
             else:
                 logger.warning("There are no averaged weights (SOLVER.EMA) in %s", filename)
-        elif self._strict and isinstance(data, dict) and "ema" in data:
+        elif not self._resuming and isinstance(data, dict) and "ema" in data:
             logger.warning(
-                "%s also holds averaged weights: SOLVER.EMA.ENABLED True takes those", filename
-            )
+                "%s also holds averaged weights: %s takes those", filename,
+                "SOLVER.EMA.ENABLED True" if self._strict else "model_converters/convert.py --ema",
+            )  # fmt: skip
         return find_weights(data, filename)
 
     def _load_model(self, checkpoint: Dict[str, Any]):
@@ -221,6 +222,13 @@ class SSDCheckpointer(DetectionCheckpointer):
         pairs = {cls: box for cls, box in predictors(state).items() if f"{cls}.bias" in own}
         if not (cfg and pairs):
             return state
+        # of other default boxes a layer stays fresh, and is named; its size alone may be the same
+        biases = {cls: f"{box}.bias" for cls, box in pairs.items()}
+        other = [cls for cls, bias in biases.items() if state[bias].shape != own[bias].shape]
+        state = {k: x for k, x in state.items() if k.rpartition(".")[0] not in other}
+        pairs = {cls: box for cls, box in pairs.items() if cls not in other}
+        if not pairs:
+            return state
         cls, box = next(iter(pairs.items()))
         num_source, num_target = count_classes(state, cls, box), cfg.MODEL.SSD.NUM_CLASSES
         source = self.classes
@@ -246,13 +254,15 @@ class SSDCheckpointer(DetectionCheckpointer):
         if max(rows) < 0 or (num_source == num_target and rows == list(range(num_target))):
             return state
         state = dict(state)
+        carried = 0
         for cls, box in pairs.items():
             num_anchors = len(state[f"{box}.bias"]) // 4
-            if len(own[f"{cls}.bias"]) != num_anchors * (num_target + 1):
-                continue  # other default boxes: stays fresh, and is named
             for name in (f"{cls}.weight", f"{cls}.bias"):
                 if state[name].shape[1:] == own[name].shape[1:]:
                     state[name] = carry_rows(state[name], own[name], num_anchors, rows)
+                    carried += 1
+        if not carried:
+            return state
         fresh = [name for name, row in zip(_class_names(cfg) or range(num_target), rows) if row < 0]
         logger.info(
             "%d of %d classes start from those of %s%s", num_target - len(fresh), num_target, found,

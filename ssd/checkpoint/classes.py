@@ -104,23 +104,28 @@ def dataset_classes(name: str, read: bool = False) -> Optional[List[str]]:
 
 def same_classes(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether two lists name the same classes in the same order, see :func:`match_classes`."""
-    return list(map(_key, first)) == list(map(_key, second))
+    keys = list(map(_key, first))
+    return list(first) == list(second) or (
+        keys == list(map(_key, second)) and len(set(keys)) == len(keys)
+    )
 
 
 def match_classes(source: Sequence[str], target: Sequence[str]) -> List[int]:
-    """For each target class the number of the first source class of the same name, or -1.
+    """For each target class the number of the source class of the same name, or -1.
 
-    Case, spaces, underscores and hyphens don't count, and synonyms ("sofa", "couch") are equal.
-    "" never matches. Two target classes may have the same source class.
+    If there is none, the first one whose name differs by case, spaces, underscores and hyphens
+    only, or is a synonym ("sofa", "couch"). "" never matches. Two target classes may have the same
+    source class.
 
     Returns:
         one number for each target class; empty without targets.
     """
-    numbers = {}
+    exact, alike = {}, {}
     for number, name in enumerate(source):
-        numbers.setdefault(_key(name), number)
-    numbers.pop("", None)
-    return [numbers.get(_key(name), -1) for name in target]
+        if _key(name):
+            exact.setdefault(name, number)
+            alike.setdefault(_key(name), number)
+    return [exact.get(name, alike.get(_key(name), -1)) for name in target]
 
 
 def carry_rows(value: Tensor, fresh: Tensor, num_anchors: int, rows: Sequence[int]) -> Tensor:

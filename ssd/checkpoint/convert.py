@@ -31,7 +31,12 @@ _OURS = Lineage("detectron2", "our own weights", (), {})
 # The last release that has these names; tells them from those of 1.x, which are the same.
 _OLD_META = {"mmdet_version": "2.13.0"}
 # Networks that the target's code fixes: six levels, and the first map inside a block or not.
-_SIX_LEVELS = ("torchvision_mobilenetv3", *(lineage.key for lineage in qfgaohao.LINEAGES))
+_SIX_LEVELS = (
+    "torchvision_vgg",
+    "torchvision_mobilenetv3",
+    *(lineage.key for lineage in qfgaohao.LINEAGES),
+)
+_WITH_L2NORM = ("torchvision_vgg", "mmdet_vgg", "mmdet_old")
 _TAP_INSIDE = {
     "torchvision_mobilenetv3": True,
     "qfgaohao_mobilenetv2": True,
@@ -165,6 +170,15 @@ def _check_network(state: State, lineage: Lineage) -> None:
     if "backbone.l2_norm.conv4_3.running_mean" in state and lineage.key != "qfgaohao_vgg":
         raise ValueError(f"{lineage.title} has L2Norm, not BatchNorm, on conv4_3")
     pairs = predictors(state)
+    if lineage.key in _WITH_L2NORM and pairs:
+        if "backbone.l2_norm.conv4_3.weight" not in state:
+            raise ValueError(f"{lineage.title} has L2Norm on conv4_3")
+        extra = {name.split(".")[2] for name in state if name.startswith("backbone.extra_layers.")}
+        if len(pairs) != len(extra) + 2:
+            raise ValueError(
+                f"{lineage.title} predicts from conv4_3, fc7 and the extra layers: "
+                f"{len(extra) + 2} levels, not {len(pairs)}"
+            )
     if lineage.key in _SIX_LEVELS and len(pairs) != 6:
         raise ValueError(f"{lineage.title} has predictors on 6 levels, not on {len(pairs)}")
     first = state.get("head.cls_predictors.0.0.weight")

@@ -80,7 +80,9 @@ class Lineage:
                 result[f"{first}.weight"] = result[f"{first}.weight"].flip(1)
             if self.input_std:
                 std = self.input_std[:: 1 if input_format == self.input_format else -1]
-                _scale_first_layer(result, first, torch.tensor(pixel_std) / torch.tensor(std))
+                scale = torch.tensor(pixel_std) / torch.tensor(std)
+                eps = self.config.get("MODEL.BATCH_NORM.EPS", 1e-5)
+                _scale_first_layer(result, first, scale, eps)
         return result
 
     def from_ours(self, state: State) -> State:
@@ -168,7 +170,7 @@ def _roll_classes(state: State, by: int) -> None:
             state[name] = value.roll(by, dims=1).flatten(0, 1)
 
 
-def _scale_first_layer(state: State, name: str, scale: Tensor) -> None:
+def _scale_first_layer(state: State, name: str, scale: Tensor, eps: float) -> None:
     """Multiplies what a convolution expects its input's channels to be divided by.
 
     Where BatchNorm follows, the common part of the scale goes into its statistics: in the weights
@@ -177,6 +179,8 @@ def _scale_first_layer(state: State, name: str, scale: Tensor) -> None:
     if f"{name}.norm.running_var" in state:
         common = scale.mean()
         scale = scale / common
-        state[f"{name}.norm.running_mean"] = state[f"{name}.norm.running_mean"] / common
-        state[f"{name}.norm.running_var"] = state[f"{name}.norm.running_var"] / common**2
-    state[f"{name}.weight"] = state[f"{name}.weight"] * scale[None, :, None, None]
+        # float32: half precision's variances could overflow
+        mean, var = (state[f"{name}.norm.running_{x}"].float() for x in ("mean", "var"))
+        state[f"{name}.norm.running_mean"] = mean / common
+        state[f"{name}.norm.running_var"] = ((var + eps) / common**2 - eps).clamp(min=0)
+    state[f"{name}.weight"] = state[f"{name}.weight"].float() * scale[None, :, None, None]

@@ -3,8 +3,6 @@
 import re
 from typing import Iterator, Tuple
 
-import torch
-
 from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, flat_extras, heads, lite_heads
 from ssd.checkpoint.mobilenet import FLAT, V1, flat_v2, mobilenet
 from ssd.checkpoint.vgg import vgg_layers
@@ -32,7 +30,7 @@ def _with_depthwise_bias(state: State) -> State:
     result = dict(state)
     for name, value in state.items():
         if re.fullmatch(r"(classification|regression)_headers\.\d\.0\.weight", name):
-            result[f"{name[:-6]}bias"] = torch.zeros(len(value))
+            result[f"{name[:-6]}bias"] = value.new_zeros(len(value))
     return result
 
 

@@ -70,10 +70,21 @@ BACKBONES = [
         Lineage(
             "vgg16_reducedfc",
             "VGG16 reduced-fc",
-            (f"{prefix}0.weight", f"{prefix}26.weight"),
+            (f"{prefix}0.weight", f"{prefix}26.weight", f"{prefix}31.weight"),
             dict(vgg_layers(prefix)),
             input_std=_SSD_INPUT,
         )
         for prefix in ("vgg.", "features.", "")
+    ),
+    # torchvision's ``vgg16().features``; timm's, whose classifier has other names
+    *(
+        Lineage(
+            "vgg16_features",
+            "VGG16 features of a classifier on ImageNet: fc6 and fc7 stay fresh",
+            (f"{prefix}0.weight", f"{prefix}26.weight"),
+            dict(vgg_layers(prefix)),
+            input_std=IMAGENET_STD,
+        )
+        for prefix in ("features.", "")
     ),
 ]

@@ -488,6 +488,35 @@ def test_own_classes_are_matched_by_name(tmp_path, classed, log, kind):
     assert text + (f"; fresh: {', '.join(fresh)}" if fresh else "") in log.messages
 
 
+@pytest.mark.parametrize("names", ["abcd", "uvwx", ["A", "a", "B", "b"]])
+def test_a_layer_of_other_default_boxes_stays_fresh(tmp_path, classed, names, log):
+    """(2 + 1) classes of 4 boxes are as many outputs as (1 + 1) of 6."""
+    cfg, source = classed(names[:2])
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    ratios = ["MODEL.SSD.DEFAULT_BOXES.ASPECT_RATIOS", [[2.0, 3.0], [2.0], [2.0]]]
+    cfg, model = classed(names[:1], 1, *ratios)
+    fresh = copied(model)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    name = "head.cls_predictors.{}.1.bias"
+    state = model.state_dict()
+    assert fresh[name.format(0)].shape == source.state_dict()[name.format(0)].shape
+    assert torch.equal(state[name.format(0)], fresh[name.format(0)])
+    assert not torch.equal(state[name.format(1)], fresh[name.format(1)])
+    ratios[1] = [[2.0, 3.0]] * 3
+    cfg, model = classed(names[:1], 1, *ratios)
+    log.clear()
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    assert "classes start from" not in log.text
+
+
+def test_classes_that_differ_by_case_are_kept(tmp_path, classed):
+    cfg, source = classed(["A", "a", "B"])
+    SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
+    cfg, model = classed(["A", "a", "B"], 1)
+    SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth"))
+    assert same(model.state_dict(), source.state_dict())
+
+
 def test_renamed_classes_of_equal_number_are_kept(tmp_path, classed):
     cfg, source = classed("abc")
     SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")

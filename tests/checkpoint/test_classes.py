@@ -8,7 +8,13 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 
 from ssd.checkpoint import classes
-from ssd.checkpoint.classes import carry_rows, known_classes, match_classes, parse_class_map
+from ssd.checkpoint.classes import (
+    carry_rows,
+    known_classes,
+    match_classes,
+    parse_class_map,
+    same_classes,
+)
 
 COCO, IDS, VOC = known_classes(80), known_classes(90), known_classes(20)
 # aeroplane, bicycle, …, tvmonitor: COCO's contiguous numbers and category ids, written by hand.
@@ -104,8 +110,13 @@ def test_other_vocabularies():
     assert len(found) == len(set(found)) == 77
 
 
-def test_the_first_of_equal_classes_is_taken_and_may_serve_two():
-    assert match_classes(["cat", "sofa", "couch"], ["couch", "sofa"]) == [1, 1]
+def test_the_same_name_goes_before_one_that_is_alike():
+    assert match_classes(["cat", "sofa", "couch"], ["couch", "sofa", "Couch"]) == [2, 1, 1]
+    letters = ["A", "a", "1-1", "11"]
+    assert match_classes(letters, letters) == [0, 1, 2, 3] and same_classes(letters, letters)
+    assert parse_class_map(["a", "11"], letters, 4, 2) == [1, 3]
+    assert same_classes(["sofa", "car"], ["couch", "Car"])
+    assert not same_classes(["bike", "bicycle"], ["bicycle", "bike"])
 
 
 def test_no_classes():

@@ -178,6 +178,7 @@ REFUSED = [
     (LUFFICC_V2, "pytorch-ssd", "takes its first map inside a block, this one, of 96 channels"),
     (TF_V2, "mmdet", "takes its first map behind a block, this one, of 576 channels"),
     ("ssd_vgg16_size512_120e", "pytorch-ssd", "has predictors on 6 levels, not on 7"),
+    ("ssd_vgg16_size512_120e", "torchvision", "has predictors on 6 levels, not on 7"),
     ("ssd_resnet50_size300", "torchvision", "has no name for backbone.bottom_up.stem.conv1"),
 ]
 
@@ -193,7 +194,9 @@ def test_a_backbone_alone_is_no_detector_but_becomes_ours(tmp_path):
     torch.save(theirs, tmp_path / "vgg.pth")
     found = read_ours(str(tmp_path / "vgg.pth"))
     assert found.definition() is None
-    assert torch.equal(write_as(found, "detectron2")["model"][FIRST], theirs["0.weight"])
+    scale = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    first = write_as(found, "detectron2")["model"][FIRST] * scale
+    torch.testing.assert_close(first, theirs["0.weight"])
     for format in ("mmdet", "mmdet-old", "torchvision", "pytorch-ssd"):
         with pytest.raises(ValueError, match="has no such network"):
             write_as(found, format)

@@ -23,6 +23,7 @@ BODIES = {
     "torchvision_vgg16": "ssd_vgg16_size300",
     "torchvision_vgg16_features": "",  # no lab is without fc6 and fc7
     "vgg16_reducedfc": "ssd_vgg16_size300",
+    "vgg16_features": "",
     "caffe_vgg16": "ssd_vgg16_size300",
     "caffe_vgg16_reducedfc": "ssd_vgg16_size300",
     "torchvision_mobilenetv2": "ssdlite_mobilenetv2_size320_voc0712",
@@ -34,7 +35,11 @@ BODIES = {
     "qfgaohao_mobilenetv2_classifier": "ssdlite_mobilenetv2_size300_voc0712",
     "torchvision_resnet": "ssd_resnet50_size300",
     "detectron2_resnet": "ssd_resnet50_size300",
-    "detectron2_resnet_msra": "ssd_resnet50_size300",
+    **{
+        f"detectron2_{place}resnet_{kind}": "ssd_resnet50_size300"
+        for place in ("", "fpn_", "c4_")
+        for kind in ("msra", "resnext")
+    },
 }
 # Their tables include another project's, whose names for these layers such files don't have.
 TWICE = {"torchvision_vgg16": {"fc6", "fc7"}, "d-li14_mobilenetv3": {"conv2", "conv2.norm"}}

@@ -14,6 +14,7 @@ from torchvision.models import resnet50
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
+from ssd.checkpoint.recognition import recognise
 from ssd.config import load_config
 
 LAB = "ssd_resnet50_size300"
@@ -128,6 +129,46 @@ def test_msras_features(msra, tmp_path, log):
     assert "Found Detectron2's ResNet of MSRA, first layer turned from BGR to RGB" in log.text
     assert "instead of" not in log.text
     assert "linear.{bias, weight}" in log.text, "what isn't used is named"
+
+
+@pytest.mark.parametrize("prefix, others", [
+    ("backbone.bottom_up.", ["backbone.fpn_lateral4.weight", "roi_heads.box_head.fc1.weight"]),
+    ("backbone.", ["proposal_generator.rpn_head.conv.weight"]),
+])  # fmt: skip
+def test_detectors_of_detectron2s_zoo(msra, tmp_path, log, prefix, others):
+    """A file of its model zoo has these names, for BGR that nothing divides."""
+    source = load(write(tmp_path / "R-50.pkl", caffe2(msra)), *IN_1X1).state_dict()
+    weights = {prefix + k.removeprefix(BODY): x for k, x in source.items() if k.startswith(BODY)}
+    first = source[f"{BODY}stem.conv1.weight"]
+    weights[f"{prefix}stem.conv1.weight"] = msra.conv1.weight.detach()
+    weights[f"{prefix}stem.conv1.norm.running_mean"] = msra.bn1.running_mean - msra.conv1.bias.data
+    weights[f"{prefix}stem.conv1.norm.running_var"] = msra.bn1.running_var
+    weights.update({name: torch.ones(4, 4, 1, 1) for name in others})
+    data = {"model": {k: x.numpy() for k, x in weights.items()}}
+    path = write(tmp_path / "model.pkl", {**data, "__author__": "Detectron2 Model Zoo"})
+    model = load(path, *IN_1X1)
+    assert torch.equal(model.backbone.bottom_up.stem.conv1.weight, first)
+    assert_features_equal(model, msra, (1.0, 1.0, 1.0), bgr=True, stride_in_1x1=True)
+    assert "Found a Detectron2 detector's ResNet" in log.text and "instead of" not in log.text
+    load(path)
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 False instead of True" in log.text
+
+
+def test_resnexts_of_the_zoo_divide_their_input():
+    state = {"stem.conv1.weight": torch.ones(2, 3, 1, 1), "res2.0.conv1.weight": torch.ones(2)}
+    for inputs, title in ((8, "ResNet (ResNeXt)"), (256, "ResNet of MSRA")):
+        state["res2.0.conv2.weight"] = torch.ones(256, inputs, 1, 1)
+        lineage = recognise(state, {"__author__": "Caffe2"})
+        assert lineage.title == f"Detectron2's {title}"
+    assert recognise(state).title == "Detectron2's ResNet, as torchvision's"
+
+
+def test_half_precision_holds_the_statistics_of_any_scale():
+    names = ("conv1.weight", "layer1.0.conv1.weight", "bn1.running_mean", "bn1.running_var")
+    state = {name: torch.full((2, 3, 1, 1), 50.0).half() for name in names[:2]}
+    state.update({name: torch.full((2,), 50.0).half() for name in names[2:]})
+    result = recognise(state).to_ours(state)
+    assert result[f"{BODY}stem.conv1.norm.running_var"].isfinite().all()
 
 
 def test_msras_features_in_their_own_order(msra, tmp_path, log):

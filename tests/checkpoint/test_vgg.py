@@ -73,6 +73,26 @@ def test_reduced_fc_names(prefix):
         assert (result[f"{OURS}{name}.bias"] == index).all()
 
 
+@pytest.mark.parametrize("classifier", [(), ("pre_logits.fc1", "pre_logits.fc2", "head.fc")])
+@pytest.mark.parametrize("prefix", ["", "features."])
+def test_features_of_a_classifier_are_scaled_as_its_own(torchvision_state, prefix, classifier):
+    """``vgg16().features`` of torchvision, and timm's VGG16."""
+    state = {
+        prefix + name.removeprefix("features."): x
+        for name, x in torchvision_state.items()
+        if name.startswith("features.")
+    }
+    state.update({f"{layer}.weight": torch.zeros(1) for layer in classifier})
+    lineage = recognise(state)
+    assert "features of a classifier" in lineage.title and "fc6 and fc7 stay fresh" in lineage.title
+    expected = recognise(torchvision_state).to_ours(torchvision_state)
+    found = lineage.to_ours(state)
+    for layer in ("conv1_1", "conv4_3"):
+        name = f"{OURS}{layer}.weight"
+        assert torch.equal(found[name], expected[name])
+    assert not any("fc6" in name or "fc7" in name for name in found)
+
+
 def test_our_own_and_other_weights_are_not_recognised():
     assert recognise(shapes_of_ours()) is None
     assert recognise({"0.weight": None, "layer.26.weight": None, "layer.28.weight": None}) is None
