@@ -163,9 +163,10 @@ class Trainer(DefaultTrainer):
         return self._average.model if self._average else getattr(self.model, "module", self.model)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        base_lrs = list(self.scheduler.base_lrs)
+        base_lrs = list(getattr(self.scheduler, "base_lrs", []))  # not all of torch's have them
         super().resume_or_load(resume)
-        self._keep_base_lrs(base_lrs)
+        if base_lrs:
+            self._keep_base_lrs(base_lrs)
         sampler = getattr(self._trainer.data_loader, "sampler", None)
         if isinstance(sampler, RunSampler):
             sampler.start_iter = self.start_iter
@@ -178,7 +179,7 @@ class Trainer(DefaultTrainer):
         if list(before) != base_lrs:
             logger.info("SOLVER.BASE_LR is %g, before the resume %g", base_lrs[0], before[0])
             for group, old, new in zip(self.optimizer.param_groups, before, base_lrs):
-                group["lr"] *= new / old
+                group["lr"] = group["lr"] * new / old if old else new
 
     def state_dict(self) -> Dict:
         return {**super().state_dict(), "evaluated": self.evaluated}
@@ -315,6 +316,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         check_class_count(cfg)
+        _share_buffers(model)
         return super().test(cfg, optimize(model, cfg), evaluators)
 
     @classmethod
@@ -325,6 +327,7 @@ class Trainer(DefaultTrainer):
             results as "bbox_TTA" …, or with several test sets as "<name>_TTA".
         """
         check_class_count(cfg)
+        _share_buffers(model)
         model = SSDWithTTA(cfg, optimize(model, cfg))
         # images in their full size, which crops need
         mapper = SSDDatasetMapper(
@@ -353,9 +356,17 @@ class Trainer(DefaultTrainer):
             augmentation=build_augmentation(cfg, is_train=False),
             image_format=cfg.INPUT.FORMAT,
         )
+        _share_buffers(model)
         loaders = {name: build_test_loader(cfg, name, mapper) for name in cfg.DATASETS.TEST}
         losses = {name: validation_losses(model, loader) for name, loader in loaders.items()}
         return {"validation": _single(losses)}
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Lets all processes evaluate what is saved: BatchNorm's statistics are each process's own."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _single(results: Dict) -> Dict:

@@ -269,8 +269,9 @@ class TrainingPictures(HookBase):
         self._period, self._model, self._metadata = period, model, metadata
 
     def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self._period == 0:
-            picture = self.draw(self.trainer._trainer.batch[: self.ROWS])
+        batch = getattr(self.trainer._trainer, "batch", [])  # a step of one's own may keep none
+        if batch and (self.trainer.iter + 1) % self._period == 0:
+            picture = self.draw(batch[: self.ROWS])
             self.trainer.storage.put_image("inputs: ground truth, detections", picture)
 
     def draw(self, batch: List[Dict]) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ssd.memory import keep_freed_memory
 from ssd.modeling import SSD
+from ssd.modeling.postprocessing import never_waits
 
 __all__ = ["CudaGraph", "compile_network", "fold_batch_norm", "optimize"]
 
@@ -29,7 +30,8 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     BatchNorm goes into the convolutions in front of it; with ``MODEL.COMPILE`` the network is
     compiled, and with ``TEST.DTYPE`` it runs in that type. Default boxes, scores and detections
     stay in float32. On GPUs a CUDA graph holds everything between a batch and its detections
-    (``TEST.CUDA_GRAPH``). On CPUs the process keeps memory that it frees.
+    (``TEST.CUDA_GRAPH``), if NMS needn't wait for the GPU, as with more than 512 detections per
+    image. On CPUs the process keeps memory that it frees.
 
     Args:
         model: an SSD, also wrapped in DistributedDataParallel; any other model is returned itself.
@@ -46,7 +48,12 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     on_gpu = model.device.type == "cuda"
     if not on_gpu:
         keep_freed_memory()
-    dtype, graph = dtypes[cfg.TEST.DTYPE], cfg.TEST.CUDA_GRAPH and on_gpu
+    dtype = dtypes[cfg.TEST.DTYPE]
+    graph = (
+        cfg.TEST.CUDA_GRAPH
+        and on_gpu
+        and never_waits(len(model.default_boxes) * model.num_classes, cfg.TEST.DETECTIONS_PER_IMAGE)
+    )
     if not (cfg.MODEL.COMPILE or dtype or graph or any(_normed_convolutions(model))):
         return model
     model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -58,8 +65,7 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
                 for weight in module.parameters(recurse=False):
                     weight.data = weight.to(dtype)
     if cfg.MODEL.COMPILE:
-        # constant weights: on CPUs they are laid out for the convolutions once
-        compile_network(model, options=None if on_gpu else {"freezing": True})
+        compile_network(model)
     elif on_gpu:
         fuse_relu(model)
     if graph:
@@ -173,7 +179,7 @@ def fuse_relu(model: nn.Module) -> None:
             module.__class__ = _ConvReLU
 
 
-def compile_network(model: SSD, options=None) -> None:
+def compile_network(model: SSD) -> None:
     """Compiles backbone, head, loss, and on GPUs post-processing, at their first run, in place;
     names of parameters stay.
 
@@ -183,7 +189,7 @@ def compile_network(model: SSD, options=None) -> None:
 
     _dynamo.config.suppress_errors = True
     for module in (model.backbone, model.head):
-        module.compile(options=options)
+        module.compile()
     model.multibox_loss = torch.compile(model.multibox_loss)
     if model.device.type == "cuda":
         model.first_detections = torch.compile(model.first_detections)

@@ -19,6 +19,8 @@ from detectron2.utils import comm
 
 __all__ = ["argument_parser", "end_process", "launch", "leave_process_group"]
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 def argument_parser():
     """Detectron2's standard arguments, with a free port so that two runs don't collide."""
@@ -42,9 +44,9 @@ def launch(main: Callable, args) -> None:
     if args.num_gpus > 1 and torch.cuda.is_available():
         if args.num_gpus > (found := torch.cuda.device_count()):
             raise ValueError(f"--num-gpus {args.num_gpus}, but this machine has {found} GPUs")
+    handlers = {}
     if args.num_gpus * args.num_machines > 1:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _forward)
+        handlers = {number: signal.signal(number, _forward) for number in _STOPS}
     try:
         launch_processes(
             _run,
@@ -55,15 +57,21 @@ def launch(main: Callable, args) -> None:
             args=(main, args),
         )
     except torch.multiprocessing.ProcessExitedException as error:
-        if error.exit_code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            raise
-        raise SystemExit(error.exit_code) from None
+        for number in _STOPS:  # while it trained, or before
+            if error.exit_code in (128 + number, -number):
+                raise SystemExit(128 + number) from None
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _run(main: Callable, args) -> None:
     if comm.get_world_size() == 1:
         return main(args)
     signal.signal(signal.SIGINT, _exit_at_once)
+    # it was started by "spawn", which workers would inherit: they would import all anew
+    multiprocessing.set_start_method(None, force=True)
     try:
         main(args)
         leave_process_group()

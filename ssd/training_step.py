@@ -1,5 +1,6 @@
 """One iteration of training: mixed precision on any device, and losses that are checked."""
 
+import logging
 import math
 import time
 from typing import Dict, List
@@ -12,6 +13,12 @@ from torch import Tensor
 from ssd.memory import keep_freed_memory
 
 __all__ = ["TrainingStep", "check_finite"]
+
+
+logger = logging.getLogger(__name__)
+
+# Of a parameter group; the others are the optimizer's state, "lr" is the schedule's.
+_OWN = ("initial_lr", "weight_decay", "momentum", "dampening", "nesterov", "foreach", "fused")
 
 
 class TrainingStep(SimpleTrainer):
@@ -78,12 +85,13 @@ class TrainingStep(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: Dict) -> None:
-        # the config and this machine (which kernels run) count, not those of the run that saved;
-        # "lr" is the schedule's
-        groups = self.optimizer.param_groups
-        owns = [{k: x for k, x in group.items() if k not in ("params", "lr")} for group in groups]
+        # the config's values count, and which kernels run here, not those of the run that saved
+        owns = [{k: x for k, x in g.items() if k in _OWN} for g in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.optimizer.param_groups, owns):
+            for key in ("weight_decay", "momentum"):
+                if key in own and group[key] != own[key]:
+                    logger.info("%s is %g, before the resume %g", key, own[key], group[key])
             group.update(own)
         for parameter, state in self.optimizer.state.items():
             if (momentum := state.get("momentum_buffer")) is not None:

@@ -386,6 +386,48 @@ def test_a_resume_takes_the_rates_of_its_config(tiny_cfg):
     assert rates[0] == rates[1] > 0
 
 
+def test_schedulers_and_states_of_ones_own_resume(tiny_cfg, assert_equal):
+    """Schedulers without base rates, optimizers that count in groups, a model's extra state."""
+
+    class OwnTrainer(Trainer):
+        @classmethod
+        def build_model(cls, cfg):
+            model = super().build_model(cfg)
+            model.backbone.get_extra_state = lambda: {"seen": 1}
+            model.backbone.set_extra_state = lambda state: None
+            return model
+
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            optimizer = super().build_optimizer(cfg, model)
+            for group in optimizer.param_groups:
+                group["k"] = 0
+            return optimizer
+
+        @classmethod
+        def build_lr_scheduler(cls, cfg, optimizer):
+            parts = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2)]
+            return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
+
+    trainer = OwnTrainer(tiny_cfg("SOLVER.MAX_ITER", 1, "VIS_PERIOD", 1))
+    for group in trainer.optimizer.param_groups:
+        group["k"] = 7
+    trainer.train()
+    resumed = OwnTrainer(tiny_cfg("SOLVER.MAX_ITER", 2))
+    resumed.resume_or_load(True)
+    assert_equal(resumed.optimizer.state_dict(), trainer.optimizer.state_dict())
+    assert resumed.optimizer.param_groups[0]["k"] == 7
+
+
+def test_a_rate_of_0_can_be_changed_at_a_resume(tiny_cfg):
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 1, "SOLVER.BIAS_LR_FACTOR", 0.0)
+    train(cfg)
+    opts = ["SOLVER.MAX_ITER", 2, "SOLVER.BIAS_LR_FACTOR", 0.0, "SOLVER.BASE_LR", 0.5]
+    trainer = Trainer(tiny_cfg(*opts))
+    trainer.resume_or_load(True)
+    assert min(group["lr"] for group in trainer.optimizer.param_groups) == 0
+
+
 def test_missing_test_data_show_before_the_training(tiny_cfg, repo, tmp_path, tiny_opts):
     tiny_cfg()  # sets DETECTRON2_DATASETS
     lab = tmp_path / "lab.yaml"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from trainers import ScriptedTrainer, checkpoint, joined, train
 
@@ -236,7 +237,15 @@ def _train_part(rank, folder, lab, opts):
         ScriptedTrainer.script = [30.0, 20.0, 10.0] if rank == 0 else []
         trainer = train(load_config(lab, opts), ScriptedTrainer)
         assert trainer.iter == trainer.max_iter == 2
-        (losses,) = Trainer.test_losses(trainer.cfg, trainer.evaluated_model).values()
+        model = trainer.evaluated_model
+        for evaluate in (Trainer.test, Trainer.test_with_TTA, Trainer.test_losses):
+            variances = [x for name, x in model.named_buffers() if "running_var" in name]
+            if rank:
+                variances[0].fill_(9.0)
+            losses = evaluate(trainer.cfg, model)
+            first, other = comm.all_gather(variances[0])
+            assert torch.equal(first, other) and first[0] != 9, "both evaluate what is saved"
+        (losses,) = losses.values()
         with open(f"{folder}/losses{rank}.json", "w") as file:
             json.dump(losses, file)
 

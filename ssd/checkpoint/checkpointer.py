@@ -97,7 +97,8 @@ class SSDCheckpointer(DetectionCheckpointer):
         if not (self.save_dir and self.save_to_disk):
             return
         data = {"model": self.model.state_dict()}
-        bad = [key for key, x in data["model"].items() if not x.isfinite().all()]
+        tensors = {k: x for k, x in data["model"].items() if isinstance(x, torch.Tensor)}
+        bad = [key for key, x in tensors.items() if not x.isfinite().all()]
         if bad:
             raise FloatingPointError(
                 f"{name}.pth is not saved: {_first(bad)} hold NaN or infinite values. Lower "

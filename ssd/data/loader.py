@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import random
+import signal
+import threading
 from multiprocessing import reduction
 from typing import Callable, Iterator, List, Optional, Sequence
 
@@ -281,5 +283,15 @@ def _receive(data: bytes, layout: List[tuple], fd) -> list:
 def _init_worker(_: int) -> None:
     cv2.setNumThreads(0)
     keep_freed_memory()
-    # Ctrl-C, and a SIGTERM to the whole job, are the main process's to handle
-    os.setpgid(0, 0)
+    # Ctrl-C, and a SIGTERM to the whole job, are the main process's to handle, which needs its
+    # workers until it has; it ends them by a SIGTERM of its own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

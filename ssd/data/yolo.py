@@ -47,7 +47,7 @@ def read_yolo(
     Raises:
         FileNotFoundError: there is no ``images``, or no label file for any of them.
         ValueError: with every image that can't be read, every line that isn't as above (its file,
-            number and defect), and every label file of two images.
+            number and defect), and every file in ``labels`` of two images of a list.
     """
     require(images, f"{key}.IMAGES")
     is_list = images.endswith(".txt")
@@ -90,13 +90,16 @@ def _listed_images(path: str) -> list[str]:
 
 
 def _images_in(folder: str) -> list[str]:
-    """Paths relative to ``folder``, in order."""
-    return sorted(
-        os.path.relpath(os.path.join(parent, file), folder)
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(_IMAGE_EXTENSIONS)
-    )
+    """Paths relative to ``folder``, in order; of links to one folder the first counts."""
+    paths, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files = [file for file in files if file.lower().endswith(_IMAGE_EXTENSIONS)]
+        paths += [os.path.relpath(os.path.join(parent, file), folder) for file in files]
+    return sorted(paths)
 
 
 def _labels_of(file_name: str) -> str:

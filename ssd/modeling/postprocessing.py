@@ -19,6 +19,7 @@ __all__ = [
     "decode_boxes",
     "detect",
     "first_detections",
+    "never_waits",
     "output_transform",
     "rank_in_group",
     "select_candidates",
@@ -211,7 +212,8 @@ def best_detections(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :func:`detect` finds among the best pairs only, padded to D rows per image.
 
-    On GPUs the first attempt doesn't wait for the device, so that a CUDA graph can hold it.
+    On GPUs the first attempt doesn't wait for the device, so that a CUDA graph can hold it, but
+    for very many candidates (:func:`never_waits`).
 
     Args:
         output: of :func:`output_transform`.
@@ -227,7 +229,7 @@ def best_detections(
     if clip not in ("before_nms", "after_nms"):
         raise ValueError(f"MODEL.SSD.CLIP_TEST: 'before_nms' or 'after_nms', got {clip!r}")
     height, width = image_size
-    num_classes, count = scores.shape[2], 4 ** (1 + attempt) * max(1, detections_per_image)
+    num_classes, count = scores.shape[2], _num_candidates(detections_per_image, attempt)
     box, cls, score, valid, complete = select_candidates(
         scores, score_thresh, topk_candidates, group, count
     )
@@ -258,6 +260,16 @@ def best_detections(
         best = _true_first(kept)
         boxes, score, cls = boxes[image, best], score[image, best], cls[image, best]
     return boxes, score, cls, torch.stack([kept.sum(dim=1), complete], dim=1)
+
+
+def _num_candidates(detections_per_image: int, attempt: int = 0) -> int:
+    return 4 ** (1 + attempt) * max(1, detections_per_image)
+
+
+def never_waits(num_pairs: int, detections_per_image: int) -> bool:
+    """Whether on a GPU the first attempt of :func:`best_detections` is without a wait for it, if
+    ``num_pairs`` are an image's default boxes times classes."""
+    return min(num_pairs, _num_candidates(detections_per_image)) <= _GPU_PAIRS
 
 
 def first_detections(

@@ -111,6 +111,15 @@ def test_progressive_jpeg_with_thumbnail_and_trailing_bytes_is_whole(picture, tm
         read_image(path)
 
 
+def test_a_long_padding_is_found_quickly(picture):
+    path = picture("photo.jpg")
+    data = open(path, "rb").read()
+    with open(path, "wb") as file:
+        file.write(data[:-9] + b"\xff" * 10**6)  # as of a flash memory
+    with pytest.raises(ValueError, match="photo.jpg is truncated"):
+        read_image(path)
+
+
 def test_jpeg_in_front_of_a_video_is_whole(picture):
     """As telephones write it: by chance the video has the bytes of any marker."""
     path = picture("photo.jpg")

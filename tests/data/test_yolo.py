@@ -164,6 +164,7 @@ def test_yolo_follows_links_to_folders(tmp_path):
     write_yolo(tmp_path / "y", {"a.jpg": []}, "images", "labels")
     for folder in ("images", "labels"):
         (tmp_path / "y" / folder / "more").symlink_to(tmp_path / "other" / folder)
+    (tmp_path / "y/images/self").symlink_to(tmp_path / "y/images")
     records = read_yolo(str(tmp_path / "y/images"), "", ["cat"])
     assert [(r["image_id"], len(r["annotations"])) for r in records] == [
         ("a.jpg", 0), ("more/b.jpg", 1)

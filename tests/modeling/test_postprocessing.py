@@ -1,5 +1,6 @@
 """Decoding, candidates and NMS, beside slow loops that do the same."""
 
+import contextlib
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from ssd.modeling.postprocessing import (
     decode_boxes,
     detect,
     first_detections,
+    never_waits,
     rank_in_group,
     select_candidates,
 )
@@ -441,6 +443,26 @@ def test_first_detections_on_a_gpu_never_wait_for_it(compiled, fake_gpu):
         ((3, 20, 4), torch.float32, "cuda"), ((3, 20), torch.float32, "cuda"),
         ((3, 20), torch.int64, "cuda"), ((3, 2), torch.int64, "cuda"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_boxes, most", [(700, 512), (700, 513), (500, 4000)])
+def test_never_waits_is_right(num_boxes, most, fake_gpu):
+    """A CUDA graph can't hold what waits."""
+    expected = never_waits(num_boxes * 4, most)
+    assert expected == ((num_boxes, most) != (700, 513))
+    with fake_gpu:
+        scores, deltas, boxes = (
+            torch.empty(shape, device="cuda")
+            for shape in [(1, num_boxes, 4), (1, num_boxes, 4), (num_boxes, 4)]
+        )
+        settings = dict(
+            group=torch.empty(1, 4, dtype=torch.int64, device="cuda"), num_groups=4,
+            score_thresh=0.02, topk_candidates=10, nms_thresh=0.45, detections_per_image=most,
+            bbox_reg_weights=torch.empty(4, device="cuda"), bbox_reg_clamp="both",
+        )  # fmt: skip
+        waits = contextlib.nullcontext() if expected else pytest.raises(DynamicOutputShapeException)
+        with waits:
+            best_detections(scores, deltas, boxes, SIZE, **settings)
 
 
 def test_boxes_are_scaled_as_detectron2_does():
