@@ -63,7 +63,7 @@ def launch(main: Callable, args) -> None:
         raise
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _run(main: Callable, args) -> None:

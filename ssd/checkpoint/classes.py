@@ -4,6 +4,7 @@ SSD's authors fine-tune their COCO models on VOC so: the confidence layers keep 
 classes and of the background (weiliu89/caffe, examples/convert_model.ipynb; paper, section 3.1).
 """
 
+import collections
 import difflib
 import logging
 import re
@@ -104,9 +105,9 @@ def dataset_classes(name: str, read: bool = False) -> Optional[List[str]]:
 
 def same_classes(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether two lists name the same classes in the same order, see :func:`match_classes`."""
-    keys = list(map(_key, first))
-    return list(first) == list(second) or (
-        keys == list(map(_key, second)) and len(set(keys)) == len(keys)
+    count = collections.Counter(map(_key, first))
+    return len(first) == len(second) and all(
+        a == b or (_key(a) == _key(b) and count[_key(a)] == 1) for a, b in zip(first, second)
     )
 
 

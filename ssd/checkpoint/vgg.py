@@ -39,8 +39,13 @@ def _has_classifier(state: State, meta: Dict[str, Any]) -> bool:
     return not state["classifier.0.weight"].isnan().any()
 
 
-# Convolution 26 is neither in VGG19 nor in the variants with BatchNorm.
-_IN_TORCHVISION = ("features.0.weight", "features.26.weight", "classifier.0.weight")
+# Only VGG16 without BatchNorm has layers with weights at both 26 and 28.
+_IN_TORCHVISION = (
+    "features.0.weight",
+    "features.26.weight",
+    "features.28.weight",
+    "classifier.0.weight",
+)
 _SSD_INPUT = (1.0, 1.0, 1.0)
 
 BACKBONES = [
@@ -81,7 +86,7 @@ BACKBONES = [
         Lineage(
             "vgg16_features",
             "VGG16 features of a classifier on ImageNet: fc6 and fc7 stay fresh",
-            (f"{prefix}0.weight", f"{prefix}26.weight"),
+            (f"{prefix}0.weight", f"{prefix}26.weight", f"{prefix}28.weight"),
             dict(vgg_layers(prefix)),
             input_std=IMAGENET_STD,
         )

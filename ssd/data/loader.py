@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import random
@@ -286,12 +287,15 @@ def _init_worker(_: int) -> None:
     # Ctrl-C, and a SIGTERM to the whole job, are the main process's to handle, which needs its
     # workers until it has; it ends them by a SIGTERM of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_when_parent_says, daemon=True).start()
 
 
 def _end_when_parent_says() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
+    parent = multiprocessing.parent_process()
+    while parent.is_alive():
+        sent = signal.sigtimedwait([signal.SIGTERM], 5)
+        if sent and sent.si_pid == parent.pid:
+            break
     os._exit(0)

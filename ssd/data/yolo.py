@@ -90,15 +90,17 @@ def _listed_images(path: str) -> list[str]:
 
 
 def _images_in(folder: str) -> list[str]:
-    """Paths relative to ``folder``, in order; of links to one folder the first counts."""
+    """Paths relative to ``folder``, in order. A link counts if it leads to other folders."""
     paths, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        files = [file for file in files if file.lower().endswith(_IMAGE_EXTENSIONS)]
-        paths += [os.path.relpath(os.path.join(parent, file), folder) for file in files]
+    for followlinks in (False, True):  # a link doesn't take the place of a folder
+        for parent, folders, files in os.walk(folder, followlinks=followlinks):
+            if (real := os.path.realpath(parent)) in seen:
+                if parent != folder and os.path.islink(parent):
+                    folders.clear()
+                continue
+            seen.add(real)
+            files = [file for file in files if file.lower().endswith(_IMAGE_EXTENSIONS)]
+            paths += [os.path.relpath(os.path.join(parent, file), folder) for file in files]
     return sorted(paths)
 
 

@@ -116,6 +116,7 @@ def test_the_same_name_goes_before_one_that_is_alike():
     assert match_classes(letters, letters) == [0, 1, 2, 3] and same_classes(letters, letters)
     assert parse_class_map(["a", "11"], letters, 4, 2) == [1, 3]
     assert same_classes(["sofa", "car"], ["couch", "Car"])
+    assert same_classes(["Cat", "cat", "dog"], ["Cat", "cat", "Dog"])
     assert not same_classes(["bike", "bicycle"], ["bicycle", "bike"])
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from detectron2.modeling import build_model
 from torchvision.models import vgg16
 
@@ -95,6 +96,11 @@ def test_features_of_a_classifier_are_scaled_as_its_own(torchvision_state, prefi
 
 def test_our_own_and_other_weights_are_not_recognised():
     assert recognise(shapes_of_ours()) is None
+    for name in ("vgg11_bn", "vgg13", "vgg16_bn", "vgg19", "vgg19_bn"):
+        with torch.device("meta"):
+            other = getattr(torchvision.models, name)(weights=None)
+        assert recognise(other.state_dict()) is None, name
+        assert recognise(other.features.state_dict()) is None, name
     assert recognise({"0.weight": None, "layer.26.weight": None, "layer.28.weight": None}) is None
 
 

@@ -164,10 +164,14 @@ def test_yolo_follows_links_to_folders(tmp_path):
     write_yolo(tmp_path / "y", {"a.jpg": []}, "images", "labels")
     for folder in ("images", "labels"):
         (tmp_path / "y" / folder / "more").symlink_to(tmp_path / "other" / folder)
-    (tmp_path / "y/images/self").symlink_to(tmp_path / "y/images")
+    for name in ("self", "again"):
+        (tmp_path / "y/images" / name).symlink_to(tmp_path / "y/images")
+    write_yolo(tmp_path / "y", {"train/c.jpg": ["0 .5 .5 1 1"]}, "images", "labels")
+    for name in ("latest", "zlatest"):  # has no labels of its own
+        (tmp_path / "y/images" / name).symlink_to("train")
     records = read_yolo(str(tmp_path / "y/images"), "", ["cat"])
     assert [(r["image_id"], len(r["annotations"])) for r in records] == [
-        ("a.jpg", 0), ("more/b.jpg", 1)
+        ("a.jpg", 0), ("more/b.jpg", 1), ("train/c.jpg", 1)
     ]  # fmt: skip
 
 
