@@ -90,7 +90,7 @@ class TrainingStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         for group, own in zip(self.optimizer.param_groups, owns):
             for key in ("weight_decay", "momentum"):
-                if key in own and group[key] != own[key]:
+                if key in own and key in group and group[key] != own[key]:
                     logger.info("%s is %g, before the resume %g", key, own[key], group[key])
             group.update(own)
         for parameter, state in self.optimizer.state.items():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import Metadata
+from detectron2.engine import SimpleTrainer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -148,6 +149,13 @@ def test_pictures_show_ground_truth_on_the_left_and_detections_on_the_right(tiny
     assert hook.draw([black])[:, :, 488:].any()
     black["instances"] = black["instances"][[]]
     assert not hook.draw([black])[:, :, :480].any()
+
+
+def test_a_step_that_keeps_no_batch_has_no_pictures(tiny_cfg):
+    trainer = Trainer(tiny_cfg("VIS_PERIOD", 1, "SOLVER.MAX_ITER", 1))
+    trainer._trainer = SimpleTrainer(trainer.model, trainer.data_loader, trainer.optimizer)
+    trainer.train()
+    assert not trainer.storage._vis_data
 
 
 @pytest.mark.parametrize("script, last", [

@@ -35,10 +35,10 @@ def _detectron2(prefix: str = "") -> Iterator[Tuple[str, str]]:
 
 
 def _has_groups(state: State, meta: Dict[str, Any]) -> bool:
-    return any(x.shape[0] > x.shape[1] for name, x in state.items() if name.endswith(_GROUPED))
+    weights = [x for name, x in state.items() if name.endswith("res2.0.conv2.weight")]
+    return any(x.shape[0] > x.shape[1] for x in weights)
 
 
-_GROUPED = "res2.0.conv2.weight"
 # By which ResNeXt-101 32x8d of Detectron2's model zoo expects BGR to be divided.
 _RESNEXT_STD = (57.375, 57.12, 58.395)
 

@@ -202,6 +202,18 @@ def test_a_backbone_alone_is_no_detector_but_becomes_ours(tmp_path):
             write_as(found, format)
 
 
+@pytest.mark.parametrize("format", ["torchvision", "mmdet", "mmdet-old"])
+@pytest.mark.parametrize("opts, reason", [
+    ("MODEL.SSD.L2_NORM_FEATURES []", "has L2Norm on conv4_3"),
+    ("MODEL.SSD.IN_FEATURES ['conv4_3','conv5_3','fc7'] "
+     "MODEL.SSD.EXTRA_LAYERS [[256,512,3,2,1],[128,256,3,2,1],[128,256,3,1,0]]",
+     "predicts from conv4_3, fc7 and the extra layers: 5 levels, not 6"),
+])  # fmt: skip
+def test_a_vgg_with_other_maps_is_refused(format, opts, reason):
+    with pytest.raises(ValueError, match=reason):
+        write_as(Detector(ours(VGG, *opts.split())), format)
+
+
 def test_a_network_with_another_order_of_pools_is_refused():
     fork = Detector(ours("ssd_vgg16_size512"), lineage=detectron2_fork.LINEAGES[0])
     with pytest.raises(ValueError, match="mmdet has no VGG16 that pools as that of an earlier"):

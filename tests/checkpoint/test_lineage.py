@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_large
 
 from ssd import model_zoo
-from ssd.checkpoint.lineage import BODY, Lineage, heads
+from ssd.checkpoint.lineage import BODY, Lineage, _scale_first_layer, heads
 from ssd.checkpoint.published import PUBLISHED
 from ssd.checkpoint.recognition import BACKBONES, DETECTORS, recognise
 from ssd.config import load_config
@@ -146,6 +146,24 @@ def test_a_backbones_names_fill_the_lab_that_fits(lineage):
     if lab:
         layers = {n.rpartition(".")[0] for n in shapes_of_lab(lab) if n.startswith(BODY)}
         assert layers <= set(lineage.names.values())
+
+
+def test_a_scaled_first_layer_has_the_same_output_behind_its_norm():
+    """Also where a variance is as small as epsilon."""
+    torch.manual_seed(0)
+    state = {"c.weight": torch.rand(4, 3, 1, 1), "c.norm.running_mean": torch.rand(4)}
+    state["c.norm.running_var"] = torch.tensor([1e-3, 1e-2, 0.1, 1.0])
+    scale = torch.tensor([0.02, 0.025, 0.03])
+    scaled = dict(state)
+    _scale_first_layer(scaled, "c", scale, 1e-3)
+
+    def output(x, state):
+        norm = (state["c.norm.running_mean"], state["c.norm.running_var"])
+        return F.batch_norm(F.conv2d(x, state["c.weight"]), *norm, eps=1e-3)
+
+    x = torch.rand(2, 3, 5, 5) * 255
+    expected = output(x * scale[:, None, None], state)
+    torch.testing.assert_close(output(x, scaled), expected, rtol=1e-4, atol=1e-4)
 
 
 def by_key(key):

@@ -469,6 +469,7 @@ def test_head_that_does_not_fit_the_default_boxes():
         ("DEFAULT_BOXES.CLIP", "corners"),
         ("DEFAULT_BOXES.MIN_SIZES", "[12.0,12.0,48.0,72.0]"),
         ("DEFAULT_BOXES.MIN_SIZES", "[12.0,24.0,48.0]"),
+        ("DEFAULT_BOXES.ASPECT_RATIOS", "[[2.0],[-2.0],[2.0],[2.0]]"),
         ("IN_FEATURES", "['stage6_expand']"),
         ("IN_FEATURES", "['res3']"),
     ],
