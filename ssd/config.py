@@ -1,7 +1,7 @@
 """The config keys of SSD: each with its unit, default and source.
 
-``_WITHOUT_EFFECT`` names Detectron2's keys that have none here; ``MODEL.BACKBONE.FREEZE_AT`` counts
-for its own ResNets only.
+``_WITHOUT_EFFECT`` names Detectron2's keys that have none here, and ``_OF_RESNETS`` those that only
+its own ResNets read.
 
 Only adds keys; a value of Detectron2's own that SSD needs otherwise (``MIN_SIZE_TEST``, the pixel
 mean, warm-up …) stands in ``labs/_base_/*.yaml``. The defaults here are SSD300 on COCO.
@@ -11,11 +11,14 @@ import difflib
 import functools
 import logging
 import os
+import re
 from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.file_io import PathManager
 
 __all__ = ["add_ssd_config", "load_config"]
 
@@ -274,7 +277,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU: MODEL.DEVICE is cpu instead of cuda")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.META_ARCHITECTURE == "SSD":
+    if _is_ssd(cfg.MODEL.META_ARCHITECTURE):
         _warn_of_keys_without_effect(cfg)
     register_datasets(cfg)
     cfg.freeze()
@@ -283,21 +286,33 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
 
 # Detectron2's keys, or groups of them, that SSD, its mapper and its loaders don't read.
 _WITHOUT_EFFECT = (
-    "MODEL.MASK_ON MODEL.KEYPOINT_ON MODEL.ANCHOR_GENERATOR.SIZES "
+    "MODEL.MASK_ON MODEL.KEYPOINT_ON MODEL.LOAD_PROPOSALS MODEL.ANCHOR_GENERATOR.SIZES "
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS MODEL.ANCHOR_GENERATOR.ANGLES "
     "MODEL.ANCHOR_GENERATOR.OFFSET MODEL.PROPOSAL_GENERATOR MODEL.RPN MODEL.ROI_HEADS "
-    "MODEL.ROI_BOX_HEAD MODEL.RETINANET INPUT.MIN_SIZE_TRAIN INPUT.MAX_SIZE_TRAIN INPUT.CROP "
-    "DATALOADER.ASPECT_RATIO_GROUPING DATALOADER.REPEAT_THRESHOLD DATALOADER.REPEAT_SQRT "
-    "TEST.AUG.MIN_SIZES TEST.AUG.MAX_SIZE"
+    "MODEL.ROI_BOX_HEAD MODEL.ROI_MASK_HEAD MODEL.ROI_KEYPOINT_HEAD MODEL.SEM_SEG_HEAD "
+    "MODEL.PANOPTIC_FPN MODEL.RETINANET INPUT.MIN_SIZE_TRAIN INPUT.MIN_SIZE_TRAIN_SAMPLING "
+    "INPUT.MAX_SIZE_TRAIN INPUT.CROP INPUT.MASK_FORMAT DATASETS.PROPOSAL_FILES_TRAIN "
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN DATASETS.PROPOSAL_FILES_TEST "
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST DATALOADER.ASPECT_RATIO_GROUPING "
+    "DATALOADER.REPEAT_THRESHOLD DATALOADER.REPEAT_SQRT TEST.AUG.MIN_SIZES TEST.AUG.MAX_SIZE "
+    "TEST.KEYPOINT_OKS_SIGMAS"
 ).split()
+_OF_RESNETS = ("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS", "MODEL.FPN")
+
+
+def _is_ssd(name: str) -> bool:
+    known = META_ARCH_REGISTRY
+    return name in known and issubclass(known.get(name), known.get("SSD"))
 
 
 def _warn_of_keys_without_effect(cfg: CN) -> None:
-    default = get_cfg()
+    default, unread = get_cfg(), _WITHOUT_EFFECT
+    if re.match("build_(vgg|mobilenet|regnet)", cfg.MODEL.SSD.BOTTOM_UP):
+        unread = (*unread, *_OF_RESNETS)
     keys = [
         key
         for key in _flat_keys(default)
-        if any(f"{key}.".startswith(f"{x}.") for x in _WITHOUT_EFFECT)
+        if any(f"{key}.".startswith(f"{x}.") for x in unread)
         and not isinstance(_value(default, key), CN)
         and _value(cfg, key) != _value(default, key)
     ]
@@ -321,7 +336,7 @@ def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     cfg = get_cfg()
     add_ssd_config(cfg)
     if config_file:
-        if not os.path.isfile(config_file):
+        if not PathManager.isfile(config_file):
             raise FileNotFoundError(
                 f"--config-file {config_file!r} does not exist (current folder: {os.getcwd()})"
             )

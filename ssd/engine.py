@@ -5,6 +5,8 @@ The step itself is :mod:`ssd.training_step`, what happens beside it :mod:`ssd.ho
 
 import contextlib
 import difflib
+import functools
+import inspect
 import logging
 import os
 import time
@@ -94,6 +96,8 @@ def setup(args):
 
 
 def _check_output_dir(folder: str) -> None:
+    if "://" in folder:
+        raise ValueError(f"OUTPUT_DIR must be a folder of this machine, got {folder!r}")
     path = os.path.join(folder, f".writable.{os.getpid()}")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -117,9 +121,14 @@ class Trainer(DefaultTrainer):
     """
 
     evaluated = 0
+    _last_eval_results: Dict = {}  # if build_hooks gives no evaluation
 
     def __init__(self, cfg):
         TrainerBase.__init__(self)
+        _check_output_dir(cfg.OUTPUT_DIR)
+        for name in ("detectron2", "ssd"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):  # not by setup()
+                setup_logger(distributed_rank=comm.get_rank(), name=name)
         _check_solver(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         cfg = _scale_learning_rate(cfg)
@@ -139,7 +148,8 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.COMPILE:
             compile_network(model)
         # not given, Detectron2 would pass device ids, which fails on CPUs
-        kwargs = {} if model.device.type == "cuda" else {"device_ids": None}
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        kwargs = {} if on_gpu else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **kwargs)
         self._trainer = TrainingStep(
             model, data_loader, optimizer,
@@ -270,15 +280,22 @@ class Trainer(DefaultTrainer):
                     "the averaged weights (SOLVER.EMA)"
                 )
         if test.AUG.ENABLED:
+            # not at the end of the training: is there output_folder?
+            inspect.signature(self.build_evaluator).bind(cfg, "", output_folder=None)
             ret.append(Evaluation(0, evaluate_with_tta))
         if test.LOSS_PERIOD:
+            if self._overrides("build_test_loader"):
+                logger.warning(
+                    "TEST.LOSS_PERIOD reads images by ssd's mapper, not by your build_test_loader; "
+                    "override test_losses to change that"
+                )
             ret.append(Evaluation(test.LOSS_PERIOD, lambda: self.test_losses(cfg, model)))
         if cfg.VIS_PERIOD > 0 and comm.is_main_process():
             metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
             ret.append(TrainingPictures(cfg.VIS_PERIOD, model, metadata))
         best = None
         # a subclass's own evaluators have names of metrics that aren't known here
-        has_own = type(self).build_evaluator.__func__ is not Trainer.build_evaluator.__func__
+        has_own = self._overrides("build_evaluator") or self._overrides("test")
         known = None if has_own else metric_names(cfg)  # raises for an unknown TEST.EVALUATORS
         if test.BEST_METRIC or test.EARLY_STOPPING.PATIENCE:
             _check_best_metric(cfg, known)
@@ -314,8 +331,13 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
+    def _overrides(cls, name: str) -> bool:
+        own, ours = getattr(cls, name), getattr(Trainer, name)
+        return getattr(own, "__func__", own) is not getattr(ours, "__func__", ours)
+
+    @classmethod
     def test(cls, cfg, model, evaluators=None):
-        check_class_count(cfg)
+        check_class_count(cfg, is_train=False)
         _share_buffers(model)
         return super().test(cfg, optimize(model, cfg), evaluators)
 
@@ -326,19 +348,22 @@ class Trainer(DefaultTrainer):
         Returns:
             results as "bbox_TTA" …, or with several test sets as "<name>_TTA".
         """
-        check_class_count(cfg)
+        check_class_count(cfg, is_train=False)
         _share_buffers(model)
         model = SSDWithTTA(cfg, optimize(model, cfg))
         # images in their full size, which crops need
         mapper = SSDDatasetMapper(
             is_train=False, augmentation=AugmentationList([]), image_format=cfg.INPUT.FORMAT
         )
+        build_loader = cls.build_test_loader
+        if not cls._overrides("build_test_loader"):
+            build_loader = functools.partial(build_test_loader, mapper=mapper)
         results = {}
         for name in cfg.DATASETS.TEST:
+            loader = build_loader(cfg, name)
             folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA", name)
-            results[name] = inference_on_dataset(
-                model, build_test_loader(cfg, name, mapper), cls.build_evaluator(cfg, name, folder)
-            )
+            evaluator = cls.build_evaluator(cfg, name, output_folder=folder)
+            results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
                 logger.info("Results for %s with test-time augmentation:", name)
                 print_csv_format(results[name])

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from ssd.config import add_ssd_config, load_config
+from ssd.modeling import SSD
 
 ROOT = Path(__file__).parent.parent
 # Models; the other bases are recipes, to be listed after one.
@@ -166,3 +168,22 @@ def test_keys_without_effect_are_named(repo, caplog):
     caplog.clear()
     load_config("", ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5])
     assert "Without effect" not in caplog.text
+
+
+def test_keys_of_resnets_have_no_effect_on_other_backbones(repo, caplog):
+    opts = ["MODEL.BACKBONE.FREEZE_AT", 5, "MODEL.RESNETS.DEPTH", 101]
+    load_config(str(repo / "labs/ssd_resnet50_size300/config.yaml"), opts)
+    assert "Without effect" not in caplog.text
+    load_config(str(repo / "labs/ssd_vgg16_size300/config.yaml"), opts)
+    assert "loaders: MODEL.BACKBONE.FREEZE_AT, MODEL.RESNETS.DEPTH" in caplog.text
+
+
+def test_subclasses_are_ssds_too(repo, caplog, monkeypatch):
+    class OwnSSD(SSD):
+        pass
+
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "OwnSSD", OwnSSD)
+    opts = ["MODEL.META_ARCHITECTURE", "OwnSSD", "MODEL.MASK_ON", True]
+    load_config(str(repo / "labs/quickstart/config.yaml"), opts)
+    assert "loaders: MODEL.MASK_ON" in caplog.text
+    load_config("", ["MODEL.META_ARCHITECTURE", "not imported yet"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.engine.hooks import EvalHook
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -361,8 +362,48 @@ def test_best_metric_of_an_evaluator_of_ones_own(tiny_cfg):
         train(tiny_cfg(*opts, "TEST.BEST_METRIC", "own/F1"), OwnTrainer)
 
 
+def test_metrics_of_a_test_of_ones_own_can_be_the_best(tiny_cfg):
+    ScriptedTrainer.script = [1.0]
+    train(tiny_cfg("TEST.BEST_METRIC", "bbox/AP50-own", "SOLVER.MAX_ITER", 1), own_metric())
+
+
+def own_metric():
+    class OwnTrainer(ScriptedTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"bbox": {"AP50-own": super().test(cfg, model)["bbox"]["AP50"]}}
+
+    return OwnTrainer
+
+
+def test_a_static_evaluator_that_a_training_may_not_have(tiny_cfg):
+    """As Detectron2's DefaultTrainer takes it; and hooks without any evaluation."""
+
+    class OwnTrainer(Trainer):
+        @staticmethod
+        def build_evaluator(cfg, dataset_name):
+            raise AssertionError("no hook evaluates")
+
+        def build_hooks(self):
+            return [x for x in super().build_hooks() if not isinstance(x, EvalHook)]
+
+    trainer = train(tiny_cfg("SOLVER.MAX_ITER", 1), OwnTrainer)
+    assert trainer.iter == 1
+    with pytest.raises(TypeError, match="output_folder"):  # before the training
+        OwnTrainer(tiny_cfg("TEST.AUG.ENABLED", True))
+
+
+def test_a_script_without_loggers_sees_the_training(tiny_cfg, capsys):
+    for name in ("detectron2", "ssd"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    train(tiny_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1))
+    printed = capsys.readouterr().out
+    assert "Learning rate scaled" in printed and "Starting training from" in printed
+
+
 @pytest.mark.parametrize("key, opts", [
     ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD 0"),
+    ("OUTPUT_DIR must be a folder of this machine, got 's3://a'", "OUTPUT_DIR s3://a"),
     ("TEST.EARLY_STOPPING.PATIENCE", "TEST.EARLY_STOPPING.PATIENCE -1"),
     ("REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.REFERENCE_IMS_PER_BATCH 8"),
 ])  # fmt: skip

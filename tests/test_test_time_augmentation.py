@@ -157,4 +157,12 @@ def test_trainer_evaluates_with_it_as_detectron2_names_it(tiny_cfg, model):
 
     assert OwnTrainer.test_with_TTA(cfg, model) == {}
     cfg = tiny_cfg("DATASETS.TEST", ("shapes_val", "shapes_train"))
+
+    class OwnLoader(OwnTrainer):
+        @classmethod
+        def build_test_loader(cls, cfg, dataset_name):
+            raise NotImplementedError("of one's own")
+
+    with pytest.raises(NotImplementedError, match="of one's own"):
+        OwnLoader.test_with_TTA(tiny_cfg(), model)
     assert set(Trainer.test_with_TTA(cfg, model)) == {"shapes_val_TTA", "shapes_train_TTA"}

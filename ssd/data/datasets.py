@@ -87,10 +87,11 @@ def register_datasets(cfg: CfgNode) -> None:
         _registered[name] = entry
 
 
-def check_class_count(cfg: CfgNode) -> None:
+def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
     """Checks that all data sets of DATASETS.TRAIN and TEST have the model's classes.
 
-    A data set whose entry doesn't list its CLASSES is read for this.
+    A data set whose entry doesn't list its CLASSES is read for this, one of DATASETS.TRAIN only if
+    ``is_train``: an evaluation doesn't need it.
 
     Raises:
         ValueError: for an unknown data set, one whose class count isn't MODEL.SSD.NUM_CLASSES,
@@ -99,12 +100,14 @@ def check_class_count(cfg: CfgNode) -> None:
     first = None
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
+            metadata = MetadataCatalog.get(name)
+            if key == "TRAIN" and not is_train and metadata.get("thing_classes") is None:
+                continue
             if name not in DatasetCatalog:
                 raise ValueError(
                     f"DATASETS.{key}: data set {name!r} is neither in DATASETS.REGISTER nor known "
                     f"to Detectron2{_hint(name, DatasetCatalog.list())}"
                 )
-            metadata = MetadataCatalog.get(name)
             if metadata.get("thing_classes") is None:
                 DatasetCatalog.get(name)
             if metadata.get("thing_classes") is None:

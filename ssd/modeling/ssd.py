@@ -37,6 +37,9 @@ class SSD(DenseDetector):
     Images of another size than the network's input are resized on the model's device, and boxes
     come back in the caller's ``height`` and ``width``, or else in the given image's own size.
 
+    In evaluation mode :meth:`infer` and :meth:`detect` take the place of DenseDetector's
+    ``forward_inference``, which isn't called: a CUDA graph holds the network, too.
+
     Attributes:
         default_boxes: (R, 4) XYXY in pixels of the network's input.
         inference_dtype: of the network in evaluation mode, by autocast; None: that of its weights.
@@ -317,16 +320,6 @@ class SSD(DenseDetector):
         loss_cls, loss_box_reg = self.multibox_loss(logits, deltas, labels, targets)
         losses = {"loss_cls": loss_cls, "loss_box_reg": self.box_weight * loss_box_reg}
         return losses, loss_divisor(matched, self.loss_normalizer)
-
-    def forward_inference(
-        self,
-        images: ImageList,
-        features: List[Tensor],
-        predictions: Tuple[List[Tensor], List[Tensor]],
-    ) -> List[Instances]:
-        """Detections of N images, in pixels of the network's input."""
-        scores, deltas, *first = self.find(*self._flatten(predictions))
-        return self.detect(scores, deltas, first=first)
 
     def detect(self, scores: Tensor, deltas: Tensor, sizes=None, **kwargs) -> List[Instances]:
         """:func:`ssd.modeling.postprocessing.detect` with this model's settings."""

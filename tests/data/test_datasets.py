@@ -161,3 +161,13 @@ def test_check_class_count(tmp_path):
     with pytest.raises(ValueError, match="DATASETS.TEST: data set 't_cocoo'.*did you mean t_coco"):
         check_class_count(make_cfg(entries, ["t_voc"], ["t_cocoo"]))
     check_class_count(make_cfg({}, ["coco_2017_train"], ["coco_2017_val"], 80))
+
+
+def test_an_evaluation_does_not_read_the_training_data(tmp_path):
+    register_datasets(make_cfg({"t_gone": {**COCO, "ROOT": "gone"}, "t_voc": VOC}))
+    for train in (["t_gone"], ["t_unknown"], []):
+        check_class_count(make_cfg({}, train, ["t_voc"]), is_train=False)
+    with pytest.raises(FileNotFoundError, match="t_gone"):
+        check_class_count(make_cfg({}, ["t_gone"], ["t_voc"]))
+    with pytest.raises(FileNotFoundError, match="t_gone"):
+        check_class_count(make_cfg({}, [], ["t_gone"]), is_train=False)

@@ -385,7 +385,9 @@ def detections(rows, *opts):
         if offsets:
             deltas[0, i] = tensor(offsets[0])
     model = build_model(caffe_config(*opts))
-    (result,) = model.forward_inference(None, None, ([maps(probabilities.log())], [maps(deltas)]))
+    logits, deltas = model.head.flatten([maps(probabilities.log())], [maps(deltas)])
+    scores, deltas, *first = model.find(logits, deltas)
+    (result,) = model.detect(scores, deltas, first=first)
     boxes = [[round(x, 2) for x in box] for box in result.pred_boxes.tensor.tolist()]
     scores = [round(x, 4) for x in result.scores.tolist()]
     return list(zip(result.pred_classes.tolist(), scores, boxes))

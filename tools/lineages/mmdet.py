@@ -224,8 +224,9 @@ def _golden_detections(row, data, model, predictions, original) -> List[Row]:
         "score_thresh": 0.05, "topk_candidates": 50, "nms_thresh": 0.3,
         "detections_per_image": 100, "bbox_reg_weights": model.bbox_reg_weights,
     }  # fmt: skip
+    found, deltas, *first = model.find(logits, offsets)
     actual = {
-        "det": model.forward_inference(None, None, predictions),
+        "det": model.detect(found, deltas, first=first),
         "detori": original,
         "detalt": detect(scores, offsets, model.default_boxes, model.input_size, **settings),
     }
