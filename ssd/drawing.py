@@ -4,8 +4,10 @@ Its own drawing of instances has random, half transparent colours, hard to tell 
 images.
 """
 
+import os
 from typing import Sequence
 
+import cv2
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
@@ -13,7 +15,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.patheffects import withStroke
 
-__all__ = ["class_name", "draw_boxes", "draw_instances"]
+__all__ = ["class_name", "draw_boxes", "draw_instances", "write_image"]
 
 
 def draw_boxes(
@@ -39,10 +41,11 @@ def draw_boxes(
         color = colors[classes[i] % len(colors)]
         color = color / max(color.max(), 0.1)  # bright
         picture.draw_box(boxes[i], alpha=1, edge_color=color)
+        text = labels[i].replace("$", r"\$")  # two would begin and end a formula
         x = min(boxes[i][0], width - letter * len(labels[i]))
         y = boxes[i][1] - line if boxes[i][1] > line else boxes[i][1]
         picture.draw_text(
-            labels[i], (max(x, 0), y), font_size=font, color=color, horizontal_alignment="left"
+            text, (max(x, 0), y), font_size=font, color=color, horizontal_alignment="left"
         )
     for patch in picture.output.ax.patches:  # black edges are seen on any image
         edge = withStroke(linewidth=patch.get_linewidth() + 2, foreground="black")
@@ -65,3 +68,26 @@ def class_name(metadata: Metadata, label: int) -> str:
     """Of a class from 0; "class 3" if there are no names."""
     names = metadata.get("thing_classes")
     return names[label] if names else f"class {label}"
+
+
+def write_image(path: str, image: np.ndarray) -> str:
+    """Writes a BGR image, as PNG if OpenCV can't write the name's format; returns the file's name.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    if os.path.dirname(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    extension = os.path.splitext(path)[1].lower()
+    without_color = (".pbm", ".pgm")
+    # OpenCV never gets the name: one that isn't UTF-8 would end the program
+    if not (extension.isascii() and cv2.haveImageWriter(f"x{extension}")) or (
+        extension in without_color
+    ):
+        path, extension = f"{path}.png", ".png"
+    written, data = cv2.imencode(extension, image)
+    if not written:
+        raise OSError(f"{path} can't be written")
+    with open(path, "wb") as file:
+        file.write(data)
+    return path

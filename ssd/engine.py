@@ -13,7 +13,6 @@ import time
 import weakref
 from typing import Dict, List, Optional
 
-import cv2
 import torch
 import yaml
 from detectron2.data import MetadataCatalog
@@ -40,7 +39,7 @@ from ssd.data.augmentations import build_augmentation
 from ssd.data.datasets import check_class_count
 from ssd.data.loader import RunSampler, build_test_loader, build_train_loader, num_images
 from ssd.data.mapper import SSDDatasetMapper, read_image
-from ssd.drawing import draw_instances
+from ssd.drawing import draw_instances, write_image
 from ssd.evaluation import build_evaluator, metric_names
 from ssd.hooks import (
     BestCheckpoint,
@@ -476,6 +475,6 @@ def draw_detections(cfg, model, score_thresh: float = 0.5) -> List[str]:
             if path in paths:  # images of several folders
                 path = os.path.join(folder, f"{stem}_{index}.jpg")
             paths.append(path)
-            cv2.imwrite(paths[-1], picture)
+            write_image(path, picture)
     logger.info("Wrote %d pictures of detections to %s/detections", len(paths), cfg.OUTPUT_DIR)
     return paths

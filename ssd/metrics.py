@@ -29,7 +29,7 @@ def read_metrics(path: str) -> Tuple[List[Dict[str, Any]], int]:
     """
     records: List[Dict[str, Any]] = []
     broken = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in filter(str.strip, file):
             try:
                 record = json.loads(line)

@@ -26,21 +26,20 @@ from detectron2.structures import Instances
 
 from ssd import model_zoo
 from ssd.data.mapper import read_image
-from ssd.drawing import class_name, draw_instances
+from ssd.drawing import class_name, draw_instances, write_image
 from ssd.predictor import Predictor
 
 __all__ = [
     "batches",
     "can_show",
-    "check_extension",
     "find_images",
     "image_ids",
     "output_paths",
+    "prepare_file",
     "read_images",
     "save_records",
     "table",
     "to_records",
-    "write_image",
 ]
 
 logger = logging.getLogger(__name__)
@@ -146,10 +145,8 @@ def save_records(path: str, records: Sequence[Dict]) -> None:
     Raises:
         ValueError: for another extension.
     """
-    check_extension(path)
-    if os.path.dirname(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    prepare_file(path)
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         if path.endswith(".json"):
             json.dump(records, file)
             return
@@ -162,9 +159,22 @@ def save_records(path: str, records: Sequence[Dict]) -> None:
             writer.writerow([*values, f"{record['score']:.4f}", *box])
 
 
-def check_extension(path: str) -> None:
+def prepare_file(path: str) -> None:
+    """Makes the folder of a file for :func:`save_records`, before there is anything to lose.
+
+    Raises:
+        OSError: the file can't be written.
+        ValueError: for another extension.
+    """
     if os.path.splitext(path)[1] not in (".json", ".csv"):
         raise ValueError(f"detections are saved to FILE.json or FILE.csv, got {path!r}")
+    if os.path.dirname(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    existed = os.path.exists(path)
+    with open(path, "a"):
+        pass
+    if not existed:
+        os.remove(path)
 
 
 def table(records: Sequence[Dict]) -> str:
@@ -185,34 +195,20 @@ def output_paths(paths: Sequence[str], output: str) -> Dict[str, str]:
             the images' names, below the folder that all images have in common.
 
     Raises:
-        ValueError: several images and one file, or a picture would overwrite its image.
+        ValueError: several images and one file, or a picture would overwrite one of the images.
     """
     is_file = os.path.splitext(output)[1].lower() in _EXTENSIONS and not os.path.isdir(output)
     if is_file and len(paths) > 1:
         raise ValueError(f"--output {output} is a file, but there are {len(paths)} images")
     files = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(x) for x in files]) if files else ""
+    images = {os.path.realpath(path): path for path in paths}
     result = {}
     for path, file in zip(paths, files):
         result[path] = output if is_file else os.path.join(output, os.path.relpath(file, common))
-        if os.path.realpath(result[path]) == os.path.realpath(path):
-            raise ValueError(f"--output {output} would overwrite the image {path}")
+        if image := images.get(os.path.realpath(result[path])):
+            raise ValueError(f"--output {output} would overwrite the image {image}")
     return result
-
-
-def write_image(path: str, image: np.ndarray) -> str:
-    """Writes a BGR image, as PNG if OpenCV can't write the name's format; returns the file's name.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    if os.path.dirname(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    if not cv2.haveImageWriter(path) or path.lower().endswith((".pbm", ".pgm")):  # without colour
-        path += ".png"
-    if not cv2.imwrite(path, image):
-        raise OSError(f"{path} can't be written")
-    return path
 
 
 def can_show() -> bool:
@@ -232,6 +228,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", help="a file or folder for pictures")
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that aren't UTF-8
     paths = find_images(args.images)
     pictures = output_paths(paths, args.output) if args.output else {}
     opts = ["MODEL.SSD.SCORE_THRESH_TEST", args.confidence_threshold]

@@ -25,6 +25,12 @@ def test_boxes_are_drawn_where_they_are(scale):
     assert text[: 40 * scale].any() and not text[50 * scale :].any()
 
 
+def test_dollars_are_no_formula():
+    image, boxes = np.full((60, 90, 3), 10, np.uint8), np.array([[20.0, 30, 60, 50]])
+    price = draw_boxes(image, boxes, [0], ["$x^$"])
+    assert (price != draw_boxes(image, boxes, [0], ["x^"])).any()
+
+
 def test_without_boxes_the_image_stays():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     assert (draw_boxes(image, np.zeros((0, 4)), [], []) == image).all()

@@ -108,5 +108,7 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path):
     path.write_text("\n".join([*lines, "3", '{"iteration": 2, "lo']))
     records, broken = read_metrics(str(path))
     assert broken == 5 and [record["iteration"] for record in records] == [1]
+    path.write_bytes(b'\xff\xfe\x00{"it\n' + path.read_bytes())  # of a damaged disk
+    assert read_metrics(str(path)) == (records, 6)
     path.write_text("")
     assert read_metrics(str(path)) == ([], 0)

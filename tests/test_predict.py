@@ -1,5 +1,6 @@
 """python -m ssd.predict, and the functions that it shares with the tools."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 import torch
 from detectron2.data import Metadata
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.checkpoint.published import PUBLISHED
-from ssd.predict import find_images, image_ids, output_paths, write_image
+from ssd.drawing import write_image
+from ssd.predict import find_images, image_ids, output_paths, save_records, to_records
 
 
 def test_command_with_published_weights(repo, tmp_path):
@@ -81,6 +84,22 @@ def test_pictures_keep_names_and_never_overwrite(tmp_path, monkeypatch):
     for output in ("a", "./a/x.jpg"):
         with pytest.raises(ValueError, match="would overwrite the image a/x.jpg"):
             output_paths(["a/x.jpg"], output)
+    with pytest.raises(ValueError, match="would overwrite the image a/b/x.jpg"):  # of another
+        output_paths(["a/x.jpg", "a/b/x.jpg"], "a/b")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """OpenCV ends the program for those."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    path = write_image(str(tmp_path / name), np.zeros((4, 5, 3), np.uint8))
+    assert path == str(tmp_path / name) and os.path.getsize(path)
+    instances = Instances((4, 5), scores=torch.ones(1), pred_classes=torch.zeros(1).long())
+    instances.pred_boxes = Boxes(torch.ones(1, 4))
+    records = to_records(instances, path, path, Metadata())
+    for file in ("x.csv", "x.json"):
+        save_records(str(tmp_path / file), records)
+    assert b"caf\xe9.jpg" in (tmp_path / "x.csv").read_bytes()
+    assert json.loads((tmp_path / "x.json").read_text())[0]["file_name"] == path
 
 
 @pytest.mark.parametrize("name", ["x.svg", "x.PGM"])  # the latter has no colour

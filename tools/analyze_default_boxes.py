@@ -229,6 +229,7 @@ def plot(path: str, objects: Objects, fits: dict, settings: dict, names: Sequenc
         fits: name of a setting ("lab", "suggested") to how it fits.
         settings: the same name to the (width, height) of all default boxes of a cell.
     """
+    plt.rcParams["text.parse_math"] = False  # class names may hold $
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), width_ratios=(1.3, 1, 1), layout="tight")
     wh = objects.boxes[:, 2:] - objects.boxes[:, :2]
     order = np.argsort(-np.bincount(objects.classes, minlength=len(names)), kind="stable")

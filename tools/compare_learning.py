@@ -188,7 +188,9 @@ def plot(folder: str, path: str) -> None:
         runs = [x for x in runs if x["name"] == name]
         if not runs:
             continue
-        iterations = [x["iteration"] for x in runs[0]["evaluations"]]
+        iterations, *others = ([x["iteration"] for x in r["evaluations"]] for r in runs)
+        if any(x != iterations for x in others):
+            raise ValueError(f"{folder}: {name}'s runs were evaluated at different iterations")
         for axis, metric in zip(axes, ("AP", "AP50")):
             values = np.array([[x[metric] for x in r["evaluations"]] for r in runs])
             (line,) = axis.plot(iterations, values.mean(0), marker="o", label=label)
@@ -242,9 +244,12 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.contenders:
             path = Path(args.output, f"{name}_{seed}.json")
-            if not path.exists():
-                result = run(name, seed, args)
-                path.write_text(json.dumps(result))
+            if path.exists():
+                last = json.loads(path.read_text())["evaluations"][-1]["iteration"]
+                if last != args.iterations:
+                    parser.error(f"{path} is of {last} iterations, not {args.iterations}")
+                continue
+            path.write_text(json.dumps(run(name, seed, args)))
 
 
 if __name__ == "__main__":

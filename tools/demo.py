@@ -8,6 +8,7 @@ In a lab::
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -20,18 +21,17 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from tqdm import tqdm
 
 from ssd import Predictor, load_config, model_zoo
-from ssd.drawing import draw_instances
+from ssd.drawing import draw_instances, write_image
 from ssd.predict import (
     batches,
     can_show,
-    check_extension,
     find_images,
     image_ids,
     output_paths,
+    prepare_file,
     read_images,
     save_records,
     to_records,
-    write_image,
 )
 
 WINDOW = "SSD detections (Esc ends)"
@@ -110,14 +110,15 @@ def run_images(args, parser) -> tuple:
     ids = image_ids(paths, metadata) if args.save_detections else {}
     count, records = 0, []
     images = read_images(tqdm(paths, unit="image"))
-    for path, image, instances in detect(predictor, images, args.batch_size):
-        count += 1
-        records += to_records(instances, path, ids.get(path), metadata)
-        if args.output:
-            write_image(pictures[path], draw_instances(image, instances, metadata))
-        elif not args.save_detections:
-            if not show(draw_instances(image, instances, metadata), 0):
-                break
+    with contextlib.suppress(KeyboardInterrupt):  # what has been detected is saved
+        for path, image, instances in detect(predictor, images, args.batch_size):
+            count += 1
+            records += to_records(instances, path, ids.get(path), metadata)
+            if args.output:
+                write_image(pictures[path], draw_instances(image, instances, metadata))
+            elif not args.save_detections:
+                if not show(draw_instances(image, instances, metadata), 0):
+                    break
     return count, records
 
 
@@ -185,12 +186,15 @@ def open_writer(path: str, fps: float, shape) -> cv2.VideoWriter:
 def main(argv=None) -> int:
     parser = get_parser()
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that aren't UTF-8
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.save_detections:
+        if args.save_detections == args.output:
+            parser.error("--output and --save-detections are the same file")
         try:
-            check_extension(args.save_detections)
-        except ValueError as error:
+            prepare_file(args.save_detections)
+        except (OSError, ValueError) as error:
             parser.error(str(error))
     if not (args.output or args.save_detections or can_show()):
         parser.error("no display, or OpenCV without windows: use --output or --save-detections")

@@ -17,6 +17,7 @@ def plot(records: list, path: str) -> None:
     for record in records:
         for name, value in record.items():
             points.setdefault(name, {})[record["iteration"]] = value
+    plt.rcParams["text.parse_math"] = False  # class names may hold $
     series = {name: (list(values), list(values.values())) for name, values in points.items()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name, style in (("loss_cls", "-"), ("loss_box_reg", "--")):

@@ -93,8 +93,9 @@ def main():
     if len(args.runs) > charts.STYLES:
         parser.error(f"{len(args.runs)} runs; lines of at most {charts.STYLES} can be told apart")
     logging.basicConfig(format="%(message)s")
-    page = build_page([read_run(x, args.score_threshold) for x in args.runs], args.pictures)
     path = args.output or os.path.join(args.runs[0], "report.html")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    page = build_page([read_run(x, args.score_threshold) for x in args.runs], args.pictures)
     with open(path, "w", encoding="utf-8") as file:
         file.write(page)
     print(f"Wrote {path} ({len(page.encode()) / 1e6:.1f} MB)")

@@ -28,9 +28,9 @@ from ssd import load_config
 from ssd.data.boxes import find_box_defects, xyxy_boxes
 from ssd.data.loader import build_train_loader
 from ssd.data.mapper import read_image
-from ssd.drawing import draw_boxes
+from ssd.drawing import draw_boxes, write_image
 from ssd.modeling.multibox import match_default_boxes
-from ssd.predict import can_show, write_image
+from ssd.predict import can_show
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from ssd import load_config
 from ssd.data.boxes import xyxy_boxes
 from ssd.data.mapper import read_image
-from ssd.drawing import draw_boxes
-from ssd.predict import output_paths, write_image
+from ssd.drawing import draw_boxes, write_image
+from ssd.predict import output_paths
 
 _SIDE = 480  # of each half, at least, in pixels
 

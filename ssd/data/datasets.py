@@ -198,6 +198,12 @@ def _coco(name: str, entry: dict) -> tuple:
             ) from None
         if entry["KEEP_IDS"]:
             _keep_ids(records, metadata, f"{key}.KEEP_IDS")
+        names = metadata.thing_classes
+        if twice := sorted({x for x in names if names.count(x) > 1}):
+            raise ValueError(
+                f"{json_file} ({key}.ANNOTATIONS) has several categories of the same name: "
+                f"{', '.join(twice)}; rename or merge them"
+            )
         if entry["CLASSES"] and entry["CLASSES"] != metadata.thing_classes:
             raise ValueError(
                 f"{key}.CLASSES is {entry['CLASSES']}, but the categories of {json_file}, by id, "

@@ -145,6 +145,17 @@ def test_wrong_entries(name, entry, message):
         register_datasets(make_cfg({name: entry}))
 
 
+def test_categories_of_one_name_are_refused(tmp_path):
+    write_coco(tmp_path / "c")
+    path = tmp_path / "c" / "train.json"
+    content = json.loads(path.read_text())
+    content["categories"][1]["name"] = content["categories"][0]["name"]
+    path.write_text(json.dumps(content))
+    register_datasets(make_cfg({"t_coco": COCO}))
+    with pytest.raises(ValueError, match="t_coco.ANNOTATIONS.* several categories .*: dog"):
+        DatasetCatalog.get("t_coco")
+
+
 def test_check_class_count(tmp_path):
     write_coco(tmp_path / "c")
     entries = {"t_voc": VOC, "t_coco": COCO, "t_turned": {**VOC, "CLASSES": ["dog", "cat"]}}

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,16 @@ TOOL = str(ROOT / "tools/compare_learning.py")
 
 
 def compare(folder, bccd, *args):
+    result = command(folder, bccd, *args)
+    assert result.returncode == 0, result.stderr
+
+
+def command(folder, bccd, *args):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "DETECTRON2_DATASETS": str(bccd)}
     env.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    command = [sys.executable, TOOL, "--output", folder, *args]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    line = [sys.executable, TOOL, "--output", folder, *args]
+    return subprocess.run(line, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,19 @@ def test_contenders_start_alike(results):
         for name in ("torchvision", "ours")
     )
     assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_runs_of_other_lengths_are_not_mixed(results, bccd, tmp_path):
+    shutil.copytree(results, tmp_path / "runs")
+    result = json.loads((results / "ours_3.json").read_text())
+    result["evaluations"][0]["iteration"] = 1
+    (tmp_path / "runs" / "ours_4.json").write_text(json.dumps(result))
+    for arguments, message in (
+        (["--plot", str(tmp_path / "x.png")], "ours's runs were evaluated at different"),
+        ("--contenders ours --seeds 4 --iterations 2".split(), "is of 1 iterations, not 2"),
+    ):
+        done = command(tmp_path / "runs", bccd, *arguments)
+        assert done.returncode and message in done.stderr
 
 
 def test_runs_that_are_there_are_plotted(results, tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 
 from ssd import Predictor, load_config
 from ssd.checkpoint import SSDCheckpointer
+from ssd.predict import read_images
 
 ROOT = Path(__file__).parent.parent.parent
 TOOL = ROOT / "tools" / "demo.py"
@@ -48,6 +49,7 @@ def demo(opts, datasets_folder, tmp_path, monkeypatch):
     def run(*arguments):
         return main([*arguments_of(*arguments), "--opts", *map(str, opts)])
 
+    run.globals = main.__globals__
     return run
 
 
@@ -132,6 +134,16 @@ def test_without_output_nothing_is_drawn(demo):
     assert sorted(x.name for x in Path().iterdir()) == ["photos", "x.json"]
 
 
+def test_an_interruption_saves_what_has_been_detected(demo, monkeypatch):
+    def interrupted(paths):
+        yield from read_images(sorted(paths)[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(demo.globals, "read_images", interrupted)
+    assert demo("--input", "photos", "--save-detections", "x.json") == 0
+    assert {x["file_name"] for x in json.loads(Path("x.json").read_text())} == {"photos/a.jpg"}
+
+
 def test_nothing_readable_is_a_failure(demo, capsys):
     Path("empty.jpg").touch()
     assert demo("--input", "empty.jpg", "--save-detections", "x.json") == 1
@@ -165,6 +177,8 @@ def test_video(demo):
         ("--input photos --output photos", "overwrite"),
         ("--input photos --output one.jpg", "3 images"),
         ("--input photos --save-detections x.xml", "FILE.json or FILE.csv, got 'x.xml'"),
+        ("--input photos --save-detections photos/a.jpg/x.csv", "photos/a.jpg"),
+        ("--input photos --output x.csv --save-detections x.csv", "are the same file"),
         ("--input photos --output x --batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--input photos --webcam", "not allowed"),
         ("--output x", "required"),

@@ -229,6 +229,26 @@ def test_a_training_that_was_stopped(write_run, write_page):
     assert notes(tree) == ["The training ends at iteration 20 of 40."]
 
 
+def test_detections_that_the_training_has_not_made(write_run, write_page):
+    folder = write_run()
+    line = '{"iteration": 0, "start_iter": 0, "total_loss": 3}\n'
+    with open(folder / "metrics.json", "a") as file:
+        file.write(line + line.replace("0,", "39,", 1).replace('"start_iter": 0, ', ""))
+    _, tree = write_page(folder)
+    (note,) = notes(tree)
+    assert "are of an earlier one in the folder" in note
+
+
+def test_test_time_augmentation_is_an_evaluation_of_its_own(write_run, write_page):
+    folder, plain = write_run(), write_run("b")
+    shutil.copytree(folder / "inference", folder / "inference_TTA")
+    path = folder / "inference_TTA" / "shapes_val" / "coco_instances_results.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:3]))
+    page, tree = write_page(folder, plain)
+    assert page.count(">Kinds of mistakes (shapes_val)</h2>") == 1
+    assert page.count(">Kinds of mistakes (shapes_val, with test-time augmentation)</h2>") == 1
+
+
 def test_no_detections(write_run, write_page):
     folder = write_run()
     path = folder / "inference" / "shapes_val" / "coco_instances_results.json"
@@ -267,9 +287,6 @@ def test_images_that_aren_t_there_and_detections_of_others(
     truth = json.loads((datasets_folder / "shapes" / "val.json").read_text())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "val.json").write_text(json.dumps(truth))
-    first = truth["images"][0]["file_name"]
-    source = datasets_folder / "shapes" / "val" / "images" / first
-    shutil.copy(source, tmp_path / "mine" / first)
     entry = {"FORMAT": "coco", "ROOT": str(tmp_path / "mine"), "IMAGES": "."}
     entry["ANNOTATIONS"] = "val.json"
     stranger = {"image_id": 77, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.9}
@@ -330,6 +347,8 @@ def test_a_chart_with_gaps_and_without_values():
     (path,) = (x for x in chart.iter("path") if x.get("class") == "line")
     assert path.get("d").count("M") == 2 and "L" not in path.get("d")  # two single points
     assert ET.fromstring(charts.line_chart([], "none", "x", "y")).get("aria-label").startswith("no")
+    zeros = charts.Line(np.arange(4), np.zeros(4), "0")
+    ET.fromstring(charts.line_chart([zeros], "loss", x_range=(0, 0), log=True))
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (2.4, 2.6), (0.003, 700), (1e-7, 3e-7), (5, 5)])

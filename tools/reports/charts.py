@@ -106,7 +106,7 @@ class _Axis:
     def __init__(self, values: Sequence[np.ndarray], span: Optional[tuple], log: bool):
         values = np.concatenate([np.zeros(0), *values, np.array(span or (), float)])
         values = values[np.isfinite(values)]
-        low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+        low, high = (values.min(), values.max()) if len(values) else (0.1 if log else 0.0, 1.0)
         if low == high:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
         self.log, self.low, self.high = log, low, high

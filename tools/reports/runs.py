@@ -98,8 +98,18 @@ def read_run(folder: str, threshold: Optional[float] = None) -> Run:
             path = stock
         try:
             run.evaluations[name] = _evaluate(name, path, threshold, run.notes)
+            with_tta = os.path.join(folder, "inference_TTA", name, RESULTS)
+            if os.path.isfile(with_tta):
+                title = f"{name}, with test-time augmentation"
+                run.evaluations[title] = _evaluate(name, with_tta, threshold, run.notes)
         except Exception as error:  # whatever a data set's own code raises
             run.notes.append(f"{name}: {error}")
+    logs_evaluation = any("bbox/" in key for key in run.series)
+    if run.evaluations and "total_loss" in run.series and not logs_evaluation:
+        run.notes.append(
+            "This training has logged no evaluation: the detections are of an earlier one in the "
+            "folder, or of --eval-only."
+        )
     return run
 
 
@@ -212,11 +222,13 @@ def _ground_truth(name: str) -> COCO:
     json_file = MetadataCatalog.get(name).get("json_file")
     coco = COCO()
     if json_file:
-        paths = {record["image_id"]: record["file_name"] for record in DatasetCatalog.get(name)}
+        if not os.path.isfile(json_file):
+            DatasetCatalog.get(name)  # renders it, or says where it is looked for
+        root = MetadataCatalog.get(name).get("image_root", "")
         with open(json_file, encoding="utf-8") as file:
             coco.dataset = json.load(file)
         for image in coco.dataset["images"]:
-            image["file_name"] = paths[image["id"]]
+            image["file_name"] = os.path.join(root, image["file_name"])
     else:
         coco.dataset = convert_to_coco_dict(name)
     if not coco.dataset.get("annotations"):
