@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ssd.memory import keep_freed_memory
 from ssd.modeling import SSD
+from ssd.modeling.blocks import StridedConv2d
 from ssd.modeling.postprocessing import never_waits
 
 __all__ = ["CudaGraph", "compile_network", "fold_batch_norm", "optimize"]
@@ -170,7 +171,7 @@ def fuse_relu(model: nn.Module) -> None:
     """
     for module in model.modules():
         if (
-            type(module) is Conv2d
+            type(module) in (Conv2d, StridedConv2d)
             and module.norm is None
             and module.bias is not None
             and module.groups == 1

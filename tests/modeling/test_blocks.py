@@ -228,3 +228,24 @@ def test_bfloat16_gradients_of_a_strided_depthwise_convolution(kernel, padding, 
     # a sum in bfloat16 would be off by more
     torch.testing.assert_close(x.grad, grads[0].bfloat16(), rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(layer.weight.grad, grads[1], rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel, padding", [(3, 1), (5, 2), (1, 0)])
+@pytest.mark.parametrize("groups", [1, 64])
+@pytest.mark.parametrize("height", [1, 3])
+def test_bfloat16_gradients_of_a_map_of_one_column(kernel, padding, groups, height):
+    torch.manual_seed(0)
+    layer = conv_block(64, 64, kernel, norm="", groups=groups, stride=2, padding=padding)
+    x = torch.randn(8, 64, height, 1).to(torch.bfloat16, memory_format=torch.channels_last)
+    weight = layer.weight.detach().bfloat16().float().requires_grad_()
+    expected = F.conv2d(x.float(), weight, layer.bias, 2, padding, groups=groups)
+    upstream = torch.randn(expected.shape)
+    expected.backward(upstream)
+    # what a gradient that isn't written would hold
+    unset = [torch.full((n * weight.numel(),), float("nan")) for n in (1, 2) for _ in range(50)]
+    del unset
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x.requires_grad_())
+    output.backward(upstream.bfloat16())
+    torch.testing.assert_close(output.float(), expected, rtol=2**-6, atol=2e-2)
+    torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=2**-6, atol=5e-2)
