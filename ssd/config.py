@@ -274,8 +274,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     from ssd.data.datasets import register_datasets
 
     cfg = read_config(config_file, opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("No GPU: MODEL.DEVICE is cpu instead of cuda")
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning(f"No GPU: MODEL.DEVICE is cpu, not {cfg.MODEL.DEVICE}")
         cfg.MODEL.DEVICE = "cpu"
     if _is_ssd(cfg.MODEL.META_ARCHITECTURE):
         _warn_of_keys_without_effect(cfg)
@@ -335,6 +335,7 @@ def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
         raise ValueError(f"config overrides are KEY VALUE pairs, got {list(map(str, opts))}")
     cfg = get_cfg()
     add_ssd_config(cfg)
+    default = cfg.clone()
     if config_file:
         if not PathManager.isfile(config_file):
             raise FileNotFoundError(
@@ -342,6 +343,9 @@ def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
             )
         _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False), config_file)
     _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    for key in _flat_keys(default):
+        if _value(cfg, key) is None and _value(default, key) is not None:
+            raise ValueError(f"config key {key} has no value")
     return cfg
 
 

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import logging
+import math
 import os
 import time
 import weakref
@@ -152,7 +153,7 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **kwargs)
         self._trainer = TrainingStep(
             model, data_loader, optimizer,
-            amp_dtype=cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else "",
+            amp_dtype=cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else None,
             late=optimizer.defaults.get("fused", False),
         )  # fmt: skip
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -400,6 +401,15 @@ def _single(results: Dict) -> Dict:
 
 def _check_solver(cfg) -> None:
     solver, test = cfg.SOLVER, cfg.TEST
+    rate, end = solver.BASE_LR, solver.get("BASE_LR_END", 0.0)
+    fits_cosine = solver.LR_SCHEDULER_NAME != "WarmupCosineLR" or 0 <= end <= rate > 0
+    if not (0 <= rate < math.inf and fits_cosine):
+        raise ValueError(
+            "SOLVER.BASE_LR must be 0 or more, with WarmupCosineLR more than 0 and at least "
+            f"SOLVER.BASE_LR_END, got {rate} and {end}"
+        )
+    if not 0 <= solver.WARMUP_FACTOR < math.inf:
+        raise ValueError(f"SOLVER.WARMUP_FACTOR must be 0 or more, got {solver.WARMUP_FACTOR}")
     if solver.CHECKPOINT_PERIOD < 1:
         raise ValueError(
             "SOLVER.CHECKPOINT_PERIOD must be at least 1 iteration, got "

@@ -54,8 +54,9 @@ def metric_names(cfg: CfgNode) -> list[str]:
         ValueError: for an evaluator that doesn't exist.
     """
     names = []
-    for dataset_name in cfg.DATASETS.TEST:
-        prefix = f"{dataset_name}/" if len(cfg.DATASETS.TEST) > 1 else ""
+    datasets = list(dict.fromkeys(cfg.DATASETS.TEST))
+    for dataset_name in datasets:
+        prefix = f"{dataset_name}/" if len(datasets) > 1 else ""
         classes = MetadataCatalog.get(dataset_name).thing_classes
         known = {
             "coco": [

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from detectron2.solver import LRMultiplier
@@ -49,7 +49,8 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
 
     Epochs are passes over the data, also with REPEAT_DATASET: MMDetection's 24 epochs of a data
     set repeated 5 times are MAX_EPOCHS 120 and REPEAT_DATASET 5, that is 24 units of
-    :func:`epoch_length` iterations. Without MAX_EPOCHS the config comes back as it is.
+    :func:`epoch_length` iterations. Without MAX_EPOCHS the config comes back as it is, but for a
+    step in the last iteration.
 
     Args:
         num_images: see :func:`epoch_length`; None if not known.
@@ -69,7 +70,10 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
             logger.warning(
                 "SOLVER.STEPS_EPOCHS and COSINE_STEP have no effect while SOLVER.MAX_EPOCHS is 0"
             )
-        return cfg
+        steps = [x for x in solver.STEPS if x != solver.MAX_ITER]  # of no effect, but an error
+        if any(later <= earlier for earlier, later in zip([0, *steps], steps)):
+            raise ValueError(f"SOLVER.STEPS must be positive and increase, got {solver.STEPS}")
+        return cfg if len(steps) == len(solver.STEPS) else _with(cfg, solver.MAX_ITER, steps)
     if num_images is None:
         raise ValueError(
             "SOLVER.MAX_EPOCHS needs ssd's training loader, whose number of images is known: set "
@@ -86,10 +90,6 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
             f"and {solver.MAX_EPOCHS}"
         )
     *steps, max_iter = (epoch // solver.REPEAT_DATASET * length for epoch in epochs)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = max_iter, tuple(steps)
-    cfg.freeze()
     logger.info(
         "%d epochs of %d images are %d iterations (SOLVER.MAX_ITER); SOLVER.STEPS: %s",
         solver.MAX_EPOCHS,
@@ -97,6 +97,14 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
         max_iter,
         tuple(steps),
     )
+    return _with(cfg, max_iter, steps)
+
+
+def _with(cfg, max_iter: int, steps: Sequence[int]):
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = max_iter, tuple(steps)
+    cfg.freeze()
     return cfg
 
 

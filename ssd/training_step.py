@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -28,17 +28,19 @@ class TrainingStep(SimpleTrainer):
     non-finite loss masks its own update on the device, and is reported a step later.
     """
 
-    def __init__(self, model, data_loader, optimizer, amp_dtype: str = "", late: bool = False):
+    def __init__(
+        self, model, data_loader, optimizer, amp_dtype: Optional[str] = None, late: bool = False
+    ):
         """
         Args:
-            amp_dtype: "bfloat16", "float16" (with loss scaling, CUDA only), or "" for none.
+            amp_dtype: "bfloat16" or "float16" (with loss scaling, CUDA only); None: float32.
             late: report losses a step later; needs an optimizer with ``fused=True``.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
         if self.device == "cpu":
             keep_freed_memory()
-        if amp_dtype not in ("", "bfloat16", "float16"):
+        if amp_dtype not in (None, "bfloat16", "float16"):
             raise ValueError(f"SOLVER.AMP.DTYPE: 'bfloat16' or 'float16', got {amp_dtype!r}")
         if amp_dtype == "float16" and self.device != "cuda":
             raise ValueError(f"SOLVER.AMP.DTYPE float16 needs CUDA, MODEL.DEVICE is {self.device}")

@@ -170,6 +170,12 @@ def test_keys_without_effect_are_named(repo, caplog):
     assert "Without effect" not in caplog.text
 
 
+def test_keys_without_a_value(tmp_path):
+    with pytest.raises(ValueError, match="config key SOLVER.STEPS has no value"):
+        load_config(write(tmp_path, "SOLVER:\n  STEPS:"))
+    load_config(write(tmp_path, "SOLVER:\n  WEIGHT_DECAY_BIAS:"))  # Detectron2's own is None
+
+
 def test_keys_of_resnets_have_no_effect_on_other_backbones(repo, caplog):
     opts = ["MODEL.BACKBONE.FREEZE_AT", 5, "MODEL.RESNETS.DEPTH", 101]
     load_config(str(repo / "labs/ssd_resnet50_size300/config.yaml"), opts)

@@ -403,6 +403,11 @@ def test_a_script_without_loggers_sees_the_training(tiny_cfg, capsys):
 
 @pytest.mark.parametrize("key, opts", [
     ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD 0"),
+    ("SOLVER.BASE_LR must", "SOLVER.BASE_LR 0.0 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR"),
+    ("SOLVER.BASE_LR must", "SOLVER.BASE_LR -1.0 SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"),
+    ("SOLVER.WARMUP_FACTOR", "SOLVER.WARMUP_FACTOR -1.0"),
+    ("SOLVER.STEPS must", "SOLVER.STEPS [2,1]"),
+    ("SOLVER.AMP.DTYPE: .* got ''", "SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE ''"),
     ("OUTPUT_DIR must be a folder of this machine, got 's3://a'", "OUTPUT_DIR s3://a"),
     ("TEST.EARLY_STOPPING.PATIENCE", "TEST.EARLY_STOPPING.PATIENCE -1"),
     ("REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.REFERENCE_IMS_PER_BATCH 8"),

@@ -420,8 +420,13 @@ def test_metric_names_are_what_is_logged(classes, evaluators, tmp_path):
     results = detect(build_evaluator(cfg, NAME), [[(A, 0, 0.5)]])
     cfg.DATASETS.TEST = (NAME,)
     assert sorted(metric_names(cfg)) == sorted(flatten_results_dict(results))
-    cfg.DATASETS.TEST = (NAME, NAME)
-    assert set(metric_names(cfg)) == set(flatten_results_dict({NAME: results}))
+    cfg.DATASETS.TEST = (NAME, NAME)  # evaluated as one
+    assert sorted(metric_names(cfg)) == sorted(flatten_results_dict(results))
+    MetadataCatalog.get("t_other").thing_classes = classes
+    cfg.DATASETS.TEST = (NAME, "t_other")
+    both = {NAME: results, "t_other": results}
+    assert sorted(metric_names(cfg)) == sorted(flatten_results_dict(both))
+    MetadataCatalog.pop("t_other")
 
 
 def _two_processes(rank, folder):

@@ -90,6 +90,9 @@ def test_without_epochs_the_config_stays(caplog):
         assert schedule_in_iterations(cfg, 16) is cfg
         assert "no effect while SOLVER.MAX_EPOCHS is 0" in caplog.text
         caplog.clear()
+    cfg = schedule_in_iterations(config(MAX_ITER=20, STEPS=(10, 20, 30)), 16)
+    assert cfg.SOLVER.STEPS == (10, 30)
+    build_lr_scheduler(cfg, optimizer())  # a step in the last iteration would be an error
 
 
 @pytest.mark.parametrize("keys, message", [
@@ -100,6 +103,8 @@ def test_without_epochs_the_config_stays(caplog):
     ({"MAX_EPOCHS": 120, "STEPS_EPOCHS": [0]}, r"positive.*got \[0\]"),
     ({"MAX_EPOCHS": -1}, r"positive.* -1"),
     ({"MAX_ITER": 0}, "SOLVER.MAX_ITER must be at least 1, got 0"),
+    ({"STEPS": (10, 5)}, r"SOLVER.STEPS must be .*got \(10, 5\)"),
+    ({"STEPS": (0,)}, "SOLVER.STEPS must be positive"),
     ({"MAX_EPOCHS": 120, "REPEAT_DATASET": 0}, "SOLVER.REPEAT_DATASET 0"),
     ({"COSINE_STEP": "step"}, "SOLVER.COSINE_STEP: 'iteration' or 'epoch', got 'step'"),
 ])  # fmt: skip

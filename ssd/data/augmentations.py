@@ -108,8 +108,8 @@ class PhotometricDistortion(Augmentation):
         super().__init__()
         _check_probability("INPUT.PHOTOMETRIC.PROB", prob)
         _check_probability("INPUT.PHOTOMETRIC.SWAP_CHANNELS_PROB", swap_channels_prob)
-        _check_range("INPUT.PHOTOMETRIC.CONTRAST", contrast, 0, np.inf)
-        _check_range("INPUT.PHOTOMETRIC.SATURATION", saturation, 0, np.inf)
+        _check_range("INPUT.PHOTOMETRIC.CONTRAST", contrast, 0, 255)
+        _check_range("INPUT.PHOTOMETRIC.SATURATION", saturation, 0, 255)
         _check_least("INPUT.PHOTOMETRIC.BRIGHTNESS", brightness, 0)
         _check_least("INPUT.PHOTOMETRIC.HUE", hue, 0)
         if style not in ("caffe", "torchvision"):

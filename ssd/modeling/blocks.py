@@ -72,10 +72,11 @@ class StridedConv2d(Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.shape[-1] == 1 and self.stride[1] == 2:
+        on_cpu = torch.is_grad_enabled() and x.device.type == "cpu"
+        if on_cpu and self.stride[1] == 2 and x.shape[-1] == 1:
             x = F.pad(x, (0, self.kernel_size[1] % 2))
-        slow = x.requires_grad and x.device.type == "cpu" and x.dtype == torch.bfloat16
-        if not (slow and self.groups > 1 and self.bias is None):
+        is_slow = x.requires_grad and x.dtype == torch.bfloat16 and self.groups > 1
+        if not (on_cpu and is_slow and self.bias is None):
             return super().forward(x)
         y = _StridedDepthwise.apply(
             x, self.weight.to(x.dtype), self.stride, self.padding, self.dilation, self.groups

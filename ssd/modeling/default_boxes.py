@@ -61,7 +61,7 @@ class DefaultBoxGenerator(nn.Module):
                     f"MODEL.SSD.DEFAULT_BOXES.{key} has {len(values)} levels, MIN_SIZES {levels}"
                 )
         sizes = [float(size) for size in min_sizes] + [float(max_size)]
-        if any(low <= 0 or high <= low for low, high in zip(sizes, sizes[1:])):
+        if not all(0 < low < high < math.inf for low, high in zip(sizes, sizes[1:])):
             raise ValueError(
                 "MODEL.SSD.DEFAULT_BOXES.MIN_SIZES followed by MAX_SIZE must be positive and "
                 f"increasing, got {sizes}"
@@ -73,6 +73,11 @@ class DefaultBoxGenerator(nn.Module):
             )
         self.input_size = tuple(input_size)
         self.steps = [tuple(s) if isinstance(s, (list, tuple)) else (s, s) for s in steps]
+        if not all(len(s) == 2 and 0 < min(s) and max(s) < math.inf for s in self.steps):
+            raise ValueError(
+                "MODEL.SSD.DEFAULT_BOXES.STEPS must be positive numbers of pixels, or pairs (y, x) "
+                f"of them, got {list(steps)}"
+            )
         if clip not in ("none", "xyxy", "cxcywh", "wh"):
             raise ValueError(
                 f"MODEL.SSD.DEFAULT_BOXES.CLIP: 'none', 'xyxy', 'cxcywh' or 'wh', got {clip!r}"

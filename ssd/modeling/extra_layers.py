@@ -83,10 +83,12 @@ class SSDBackbone(Backbone):
 
         self.extra_layers = nn.ModuleList()
         for number, row in enumerate(extra_layers, 1):
-            if len(row) != 5:
+            least = (1, 1, 1, 1, 0)
+            is_row = isinstance(row, (list, tuple)) and len(row) == 5
+            if not (is_row and all(isinstance(x, int) and x >= y for x, y in zip(row, least))):
                 raise ValueError(
                     "MODEL.SSD.EXTRA_LAYERS: a row is [bottleneck channels, output channels, "
-                    f"kernel, stride, padding], got {row}"
+                    f"kernel, stride, padding], all positive integers but for the last, got {row}"
                 )
             self.extra_layers.append(_extra_layer(channels, *row, block, norm, activation))
             channels, stride = row[1], stride * row[3]

@@ -140,9 +140,21 @@ class SSD(DenseDetector):
         _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
         _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
         _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
-        for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES", "SMOOTH_L1_BETA"):
+        for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES", "SMOOTH_L1_BETA", "BOX_WEIGHT"):
             if not 0 <= ssd.LOSS[key] < math.inf:
                 raise ValueError(f"MODEL.SSD.LOSS.{key} must be 0 or more, got {ssd.LOSS[key]}")
+        for key, value in (
+            ("MODEL.SSD.MATCHING.IOU_THRESHOLD", ssd.MATCHING.IOU_THRESHOLD),
+            ("MODEL.SSD.SCORE_THRESH_TEST", ssd.SCORE_THRESH_TEST),
+            ("MODEL.SSD.NMS_THRESH_TEST", ssd.NMS_THRESH_TEST),
+            ("MODEL.BATCH_NORM.MOMENTUM", cfg.MODEL.BATCH_NORM.MOMENTUM),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{key} must be 0 to 1, got {value}")
+        if not 0 < cfg.MODEL.BATCH_NORM.EPS < math.inf:
+            raise ValueError(
+                f"MODEL.BATCH_NORM.EPS must be positive, got {cfg.MODEL.BATCH_NORM.EPS}"
+            )
         backbone = build_backbone(cfg)
         shapes = list(backbone.output_shape().values())
         generator = build_anchor_generator(cfg, shapes)

@@ -414,6 +414,7 @@ def test_errors_name_the_config_key():
         (lambda: Expand(prob=2), "INPUT.EXPAND.PROB is 2"),
         (lambda: Expand(max_ratio=0.5), "INPUT.EXPAND.MAX_RATIO"),
         (lambda: PhotometricDistortion(contrast=(1.5, 0.5)), "INPUT.PHOTOMETRIC.CONTRAST"),
+        (lambda: PhotometricDistortion(contrast=(0, np.inf)), "INPUT.PHOTOMETRIC.CONTRAST"),
         (lambda: PhotometricDistortion(hue=-1), "INPUT.PHOTOMETRIC"),
         (lambda: PhotometricDistortion(image_format="L"), "INPUT.FORMAT"),
         (lambda: Resize((0, 8)), "MODEL.SSD.INPUT_SIZE"),

@@ -458,6 +458,10 @@ def test_head_that_does_not_fit_the_default_boxes():
         ("LOSS.NEG_POS_RATIO", "float('inf')"),
         ("LOSS.NEGATIVES_WITHOUT_POSITIVES", "-1"),
         ("LOSS.SMOOTH_L1_BETA", "-1.0"),
+        ("LOSS.BOX_WEIGHT", "-1.0"),
+        ("MATCHING.IOU_THRESHOLD", "nan"),
+        ("SCORE_THRESH_TEST", "2.0"),
+        ("NMS_THRESH_TEST", "1.5"),
         ("TOPK_CANDIDATES_TEST", "-1"),
         ("BBOX_REG_WEIGHTS", "[10.0,10.0,5.0]"),
         ("BBOX_REG_WEIGHTS", "[10.0,10.0,5.0,0.0]"),
@@ -487,6 +491,8 @@ def test_wrong_value_is_an_error_before_training(key, value):
         ("TEST.DETECTIONS_PER_IMAGE", "0"),
         ("MODEL.PIXEL_STD", "[1.0,0.0,1.0]"),
         ("MODEL.PIXEL_MEAN", "[100.0]"),
+        ("MODEL.BATCH_NORM.MOMENTUM", "2.0"),
+        ("MODEL.BATCH_NORM.EPS", "0.0"),
     ],
 )
 def test_wrong_value_of_detectron2s_keys(key, value):
