@@ -72,7 +72,7 @@ class StridedConv2d(Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        on_cpu = torch.is_grad_enabled() and x.device.type == "cpu"
+        on_cpu = x.device.type == "cpu" and not torch.jit.is_tracing()
         if on_cpu and self.stride[1] == 2 and x.shape[-1] == 1:
             x = F.pad(x, (0, self.kernel_size[1] % 2))
         is_slow = x.requires_grad and x.dtype == torch.bfloat16 and self.groups > 1
