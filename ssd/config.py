@@ -8,11 +8,10 @@ mean, warm-up …) stands in ``labs/_base_/*.yaml``. The defaults here are SSD30
 """
 
 import difflib
-import functools
 import logging
 import os
 import re
-from typing import Sequence
+from typing import Any, Dict, Sequence
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -108,8 +107,8 @@ def _add_ssd_keys(cfg: CN) -> None:
     # (torchvision), or "none" (Caffe, lufficc).
     ssd.BBOX_REG_CLAMP = "both"
     ssd.SCORE_THRESH_TEST = 0.02
-    # At most this many (box, class) pairs enter NMS, the best "per level" (MMDetection) or the
-    # best "per class" (Caffe, torchvision).
+    # At most this many (box, class) pairs of each "level" (MMDetection) or of each "class" (Caffe,
+    # torchvision) enter NMS, its best ones.
     ssd.TOPK_CANDIDATES_TEST = 1000
     ssd.TOPK_PER = "level"
     ssd.NMS_THRESH_TEST = 0.45
@@ -306,24 +305,20 @@ def _is_ssd(name: str) -> bool:
 
 
 def _warn_of_keys_without_effect(cfg: CN) -> None:
-    default, unread = get_cfg(), _WITHOUT_EFFECT
+    found, unread = _flat(cfg), _WITHOUT_EFFECT
     if re.match("build_(vgg|mobilenet|regnet)", cfg.MODEL.SSD.BOTTOM_UP):
         unread = (*unread, *_OF_RESNETS)
     keys = [
         key
-        for key in _flat_keys(default)
+        for key, value in _flat(get_cfg()).items()
         if any(f"{key}.".startswith(f"{x}.") for x in unread)
-        and not isinstance(_value(default, key), CN)
-        and _value(cfg, key) != _value(default, key)
+        and not isinstance(value, CN)
+        and found[key] != value
     ]
     if keys:
         logging.getLogger(__name__).warning(
             "Without effect on an SSD and its own loaders: %s", ", ".join(keys)
         )
-
-
-def _value(cfg: CN, key: str):
-    return functools.reduce(getattr, key.split("."), cfg)
 
 
 def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
@@ -343,8 +338,9 @@ def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
             )
         _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False), config_file)
     _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
-    for key in _flat_keys(default):
-        if _value(cfg, key) is None and _value(default, key) is not None:
+    found = _flat(cfg)
+    for key, value in _flat(default).items():
+        if value is not None and found[key] is None:
             raise ValueError(f"config key {key} has no value")
     return cfg
 
@@ -358,7 +354,7 @@ def _merge(cfg: CN, merge, source: str) -> None:
         if "Non-existent" not in text:
             raise
         key = text.rsplit(" ", 1)[-1]
-        near = difflib.get_close_matches(key, _flat_keys(cfg), n=3, cutoff=0.7)
+        near = difflib.get_close_matches(key, _flat(cfg), n=3, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise KeyError(f"unknown config key {key} in {source}{hint}") from None
     except RecursionError:
@@ -367,10 +363,11 @@ def _merge(cfg: CN, merge, source: str) -> None:
         raise ValueError(f"{source} or a _BASE_ of it holds no KEY: VALUE: {error}") from None
 
 
-def _flat_keys(cfg: CN, prefix: str = "") -> list:
-    keys = []
+def _flat(cfg: CN, prefix: str = "") -> Dict[str, Any]:
+    """Values by their whole keys, groups of keys too."""
+    values = {}
     for key, value in cfg.items():
-        keys.append(prefix + key)
+        values[prefix + key] = value
         if isinstance(value, CN):
-            keys += _flat_keys(value, prefix + key + ".")
-    return keys
+            values.update(_flat(value, f"{prefix}{key}."))
+    return values

@@ -55,7 +55,7 @@ from ssd.hooks import (
 )
 from ssd.inference import compile_network, optimize
 from ssd.metrics import START, end_last_line
-from ssd.solver import build_lr_scheduler, schedule_in_iterations
+from ssd.solver import build_lr_scheduler, scale_learning_rate, schedule_in_iterations
 from ssd.summary import holds_training
 from ssd.test_time_augmentation import SSDWithTTA
 from ssd.training_step import TrainingStep
@@ -131,7 +131,7 @@ class Trainer(DefaultTrainer):
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
         _check_solver(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        cfg = _scale_learning_rate(cfg)
+        cfg = scale_learning_rate(cfg)
         data_loader = self.build_train_loader(cfg)
         for name in cfg.DATASETS.TEST:
             self.build_test_loader(cfg, name)  # what is missing shows before the training
@@ -420,11 +420,6 @@ def _check_solver(cfg) -> None:
             "TEST.EARLY_STOPPING.PATIENCE must be 0 (never) or more evaluations, got "
             f"{test.EARLY_STOPPING.PATIENCE}"
         )
-    if solver.REFERENCE_WORLD_SIZE and solver.REFERENCE_IMS_PER_BATCH:
-        raise ValueError(
-            "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH both scale the "
-            "learning rate; one of them has to be 0"
-        )
 
 
 def _check_best_metric(cfg, known: Optional[List[str]]) -> None:
@@ -441,22 +436,6 @@ def _check_best_metric(cfg, known: Optional[List[str]]) -> None:
             f"{list(test.EVALUATORS)} give for DATASETS.TEST {list(cfg.DATASETS.TEST)}; there are "
             f"{', '.join(difflib.get_close_matches(test.BEST_METRIC, known, 12, 0))}"
         )
-
-
-def _scale_learning_rate(cfg):
-    reference = cfg.SOLVER.REFERENCE_IMS_PER_BATCH
-    if not reference:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.BASE_LR *= cfg.SOLVER.IMS_PER_BATCH / reference
-    cfg.freeze()
-    logger.info(
-        "Learning rate scaled to %g for a global batch of %d (SOLVER.IMS_PER_BATCH)",
-        cfg.SOLVER.BASE_LR,
-        cfg.SOLVER.IMS_PER_BATCH,
-    )
-    return cfg
 
 
 def draw_detections(cfg, model, score_thresh: float = 0.5) -> List[str]:

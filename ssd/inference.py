@@ -9,20 +9,18 @@ from typing import Callable, Iterator, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ssd.memory import keep_freed_memory
 from ssd.modeling import SSD
-from ssd.modeling.blocks import StridedConv2d
+from ssd.modeling.blocks import BATCH_NORMS, StridedConv2d
 from ssd.modeling.postprocessing import never_waits
 
 __all__ = ["CudaGraph", "compile_network", "fold_batch_norm", "optimize"]
 
 logger = logging.getLogger(__name__)
-
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 
 
 def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
@@ -35,7 +33,8 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     image. On CPUs the process keeps memory that it frees.
 
     Args:
-        model: an SSD, also wrapped in DistributedDataParallel; any other model is returned itself.
+        model: an SSD, also wrapped in DistributedDataParallel; any other model is returned itself,
+            without the wrapper.
 
     Raises:
         ValueError: ``TEST.DTYPE`` isn't known.
@@ -149,7 +148,7 @@ def fold_batch_norm(model: nn.Module) -> None:
 
 def _normed_convolutions(model: nn.Module) -> Iterator[Conv2d]:
     for module in model.modules():
-        if isinstance(module, Conv2d) and isinstance(module.norm, _BATCH_NORMS):
+        if isinstance(module, Conv2d) and isinstance(module.norm, BATCH_NORMS):
             yield module
 
 

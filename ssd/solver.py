@@ -1,4 +1,4 @@
-"""Schedules as they are published: in epochs, and with a warm-up that multiplies the schedule."""
+"""Schedules as they are published: in epochs, with their batch, and a warm-up that multiplies."""
 
 import logging
 import math
@@ -15,9 +15,41 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 
-__all__ = ["WarmupTimes", "build_lr_scheduler", "epoch_length", "schedule_in_iterations"]
+__all__ = [
+    "WarmupTimes",
+    "build_lr_scheduler",
+    "epoch_length",
+    "scale_learning_rate",
+    "schedule_in_iterations",
+]
 
 logger = logging.getLogger(__name__)
+
+
+def scale_learning_rate(cfg):
+    """The config with the BASE_LR of REFERENCE_IMS_PER_BATCH scaled to IMS_PER_BATCH.
+
+    Raises:
+        ValueError: REFERENCE_WORLD_SIZE, by which Detectron2 scales it, is set, too.
+    """
+    reference = cfg.SOLVER.REFERENCE_IMS_PER_BATCH
+    if not reference:
+        return cfg
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        raise ValueError(
+            "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH both scale the "
+            "learning rate; one of them has to be 0"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.BASE_LR *= cfg.SOLVER.IMS_PER_BATCH / reference
+    cfg.freeze()
+    logger.info(
+        "Learning rate scaled to %g for a global batch of %d (SOLVER.IMS_PER_BATCH)",
+        cfg.SOLVER.BASE_LR,
+        cfg.SOLVER.IMS_PER_BATCH,
+    )
+    return cfg
 
 
 def epoch_length(num_images: int, repeat: int, ims_per_batch: int) -> int:

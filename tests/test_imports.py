@@ -15,7 +15,7 @@ MODULES = {
 PACKAGES = ("ssd.modeling", "ssd.data", "ssd.checkpoint")
 LEAVES = [
     "ssd.modeling.default_boxes", "ssd.modeling.multibox", "ssd.modeling.postprocessing",
-    "ssd.data.boxes", "ssd.data.files", "ssd.data.transforms", "ssd.memory",
+    "ssd.data.batch", "ssd.data.boxes", "ssd.data.files", "ssd.data.transforms", "ssd.memory",
 ]  # fmt: skip
 ABOVE = ("tools", "labs", "tests", "train_net")
 

@@ -101,15 +101,24 @@ def check_lab(args, report):
     except Exception as error:  # whatever training would stop with
         report.add("ERROR", f"{type(error).__name__}: {error}")
         return
+    names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    names = [name for name in names if name in DatasetCatalog]
+    chosen = [args.dataset] if args.dataset else cfg.DATASETS.TRAIN
+    if args.fix and not (len(chosen) == 1 and chosen[0] in names):
+        given = repr(args.dataset) if args.dataset else f"none, and DATASETS.TRAIN is {chosen}"
+        report.add("ERROR", f"--fix needs a --dataset of {names}, got {given}")
+        return
     known, leaks = {}, {}
-    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
-        if name in DatasetCatalog:
-            known[name], findings = read_dataset(name, cfg.DATASETS.REGISTER.get(name, {}))
-            check_dataset(cfg, known[name], findings, report)
+    for name in names:
+        known[name], findings = read_dataset(name, cfg.DATASETS.REGISTER.get(name, {}))
+        check_dataset(cfg, known[name], findings, report)
     print("training and test")
     if not cfg.DATASETS.TRAIN:
         report.add("ERROR", "DATASETS.TRAIN is empty")
     check_classes(cfg, [name for name, data in known.items() if data.loads], report)
+    trained = [known[name] for name in cfg.DATASETS.TRAIN if name in known]
+    for finding in checks.check_training(trained):
+        report.add(*finding)
     for train in filter(known.get, cfg.DATASETS.TRAIN):
         for test in filter(known.get, cfg.DATASETS.TEST):
             findings, same = checks.check_leaks(known[train], known[test])
@@ -117,12 +126,7 @@ def check_lab(args, report):
             for finding in findings:
                 report.add(*finding)
     if args.fix:
-        name = args.dataset or cfg.DATASETS.TRAIN[0]
-        if name not in known:
-            raise ValueError(f"--dataset is {name!r}, expected one of {list(known)}")
-        if not args.dataset and len(cfg.DATASETS.TRAIN) > 1:
-            raise ValueError(f"--fix needs --dataset, one of {list(known)}")
-        write_copy(known[name], leaks.get(name, []), args)
+        write_copy(known[chosen[0]], leaks.get(chosen[0], []), args, report)
 
 
 def check_classes(cfg, names, report):
@@ -167,11 +171,15 @@ def check_dataset(cfg, data, findings, report):
         print(f"  {line}")
 
 
-def write_copy(data, leaked, args):
+def write_copy(data, leaked, args, report):
     """Writes args.fix, says what has changed, and how to use it."""
     from dataset_checks import cleaning
 
-    content, changes = cleaning.clean(data, leaked)
+    content, changes = ({}, []) if data.changes is None else cleaning.clean(data, leaked)
+    if not content.get("images"):
+        text = f"--fix: {data.name} can't be copied until the ERRORs above are corrected"
+        report.add("ERROR", text)
+        return
     with open(args.fix, "x", encoding="utf-8") as f:
         json.dump(content, f)
     images, annotations = content["images"], content["annotations"]
@@ -182,8 +190,8 @@ def write_copy(data, leaked, args):
         print("  nothing had to be changed")
     root, folder = os.path.split(os.path.abspath(data.root))
     entry = {"FORMAT": "coco", "ROOT": root, "ANNOTATIONS": os.path.abspath(args.fix)}
-    entry = ", ".join(f"{key}: {value}" for key, value in {**entry, "IMAGES": folder}.items())
-    print(f"  use it in DATASETS.REGISTER with {data.name}: {{{entry}}}")
+    entry = json.dumps({**entry, "IMAGES": folder}, ensure_ascii=False)  # which is YAML, too
+    print(f"  use it in DATASETS.REGISTER with {data.name}: {entry}")
 
 
 def main():
@@ -203,6 +211,9 @@ def main():
         parser.error("--fix needs --config-file")
     if args.fix and os.path.exists(args.fix):
         parser.error(f"--fix {args.fix} exists; nothing is changed in place: give another name")
+    if args.fix and not os.path.isdir(os.path.dirname(args.fix) or "."):
+        parser.error(f"--fix {args.fix}: there is no such folder")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for any file name
 
     report = Report(args.show)
     print("environment")

@@ -18,7 +18,7 @@ from ssd.checkpoint.classes import (
 )
 from ssd.checkpoint.files import read_file
 from ssd.checkpoint.lineage import Lineage, State, count_classes, predictors
-from ssd.checkpoint.published import BACKBONES
+from ssd.checkpoint.published import BACKBONE_URLS
 from ssd.checkpoint.recognition import (
     class_names,
     definition,
@@ -70,7 +70,7 @@ class SSDCheckpointer(DetectionCheckpointer):
             ValueError: for a file that isn't a checkpoint, or doesn't fit.
         """
         if path and "://" not in path and not os.path.isfile(path):
-            where = BACKBONES.get(os.path.basename(path))
+            where = BACKBONE_URLS.get(os.path.basename(path))
             hint = f"; it can be downloaded from {where}" if where else ""
             raise FileNotFoundError(
                 f"MODEL.WEIGHTS {path!r} does not exist (current folder: {os.getcwd()}){hint}"
@@ -104,7 +104,7 @@ class SSDCheckpointer(DetectionCheckpointer):
                 f"{name}.pth is not saved: {_first(bad)} hold NaN or infinite values. Lower "
                 "SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS; --resume goes on from what was saved"
             )
-        if names := _class_names(self._cfg):
+        if names := _own_classes(self._cfg):
             data["classes"] = names
         data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         data.update(extra)
@@ -126,7 +126,7 @@ class SSDCheckpointer(DetectionCheckpointer):
                 data["model"] = data.pop("ema")
             else:
                 logger.warning("There are no averaged weights (SOLVER.EMA) in %s", filename)
-        elif not self._resuming and isinstance(data, dict) and "ema" in data:
+        elif not self._resuming and "ema" in data:
             logger.warning(
                 "%s also holds averaged weights: %s takes those", filename,
                 "SOLVER.EMA.ENABLED True" if self._strict else "model_converters/convert.py --ema",
@@ -209,7 +209,7 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     def _check_classes(self) -> None:
         """Warns if the data set's classes aren't those that the weights were trained on."""
-        names = _class_names(self._cfg, evaluation=self._strict) if self.classes else None
+        names = _own_classes(self._cfg, evaluation=self._strict) if self.classes else None
         if names and len(names) == len(self.classes) and not same_classes(names, self.classes):
             logger.warning(
                 "MODEL.WEIGHTS was trained on the classes %s, but the data set's are %s: each "
@@ -232,26 +232,7 @@ class SSDCheckpointer(DetectionCheckpointer):
             return state
         cls, box = next(iter(pairs.items()))
         num_source, num_target = count_classes(state, cls, box), cfg.MODEL.SSD.NUM_CLASSES
-        source = self.classes
-        if not (source and len(source) == num_source):
-            # a foreign detector's are most likely the usual ones; one's own could be any
-            source = known_classes(num_source) if self.lineage else None
-        if cfg.MODEL.SSD.CLASS_MAP:
-            rows = parse_class_map(cfg.MODEL.SSD.CLASS_MAP, source, num_source, num_target)
-        else:
-            target = _class_names(cfg)
-            if not (source and target):
-                if target and num_source != num_target:
-                    logger.warning(
-                        "The names of the %d classes of MODEL.WEIGHTS aren't known: MODEL.SSD."
-                        "CLASS_MAP says which of them the classes start from, otherwise all are "
-                        "fresh", num_source,
-                    )  # fmt: skip
-                return state
-            rows = match_classes(source, target)
-            in_place = all(row in (-1, number) for number, row in enumerate(rows))
-            if num_source == num_target and in_place:
-                return state  # as it is, for classes renamed
+        rows = self._source_rows(num_source)
         if max(rows) < 0 or (num_source == num_target and rows == list(range(num_target))):
             return state
         state = dict(state)
@@ -264,15 +245,38 @@ class SSDCheckpointer(DetectionCheckpointer):
                     carried = True
         if not carried:
             return state
-        fresh = [name for name, row in zip(_class_names(cfg) or range(num_target), rows) if row < 0]
+        fresh = [name for name, row in zip(_own_classes(cfg) or range(num_target), rows) if row < 0]
         logger.info(
             "%d of %d classes start from those of %s%s", num_target - len(fresh), num_target, found,
             f"; fresh: {_first([str(name) for name in fresh])}" if fresh else "",
         )  # fmt: skip
         return state
 
+    def _source_rows(self, num_source: int) -> List[int]:
+        """For each class of the model the number of that of the file it starts from, or -1."""
+        cfg = self._cfg
+        num_target = cfg.MODEL.SSD.NUM_CLASSES
+        source = self.classes
+        if not (source and len(source) == num_source):
+            # a foreign detector's are most likely the usual ones; one's own could be any
+            source = known_classes(num_source) if self.lineage else None
+        if cfg.MODEL.SSD.CLASS_MAP:
+            return parse_class_map(cfg.MODEL.SSD.CLASS_MAP, source, num_source, num_target)
+        target = _own_classes(cfg)
+        if source and target:
+            rows = match_classes(source, target)
+            in_place = all(row in (-1, number) for number, row in enumerate(rows))
+            # as they are, for classes renamed
+            return list(range(num_target)) if num_source == num_target and in_place else rows
+        if target and num_source != num_target:
+            logger.warning(
+                "The names of the %d classes of MODEL.WEIGHTS aren't known: MODEL.SSD.CLASS_MAP "
+                "says which of them the classes start from, otherwise all are fresh", num_source,
+            )  # fmt: skip
+        return [-1] * num_target
 
-def _class_names(cfg, evaluation: bool = False) -> Optional[List[str]]:
+
+def _own_classes(cfg, evaluation: bool = False) -> Optional[List[str]]:
     """Names of the config's classes, if its data set is known and has as many.
 
     An evaluation asks its test sets first, and reads them for this; a training has read its own.

@@ -114,8 +114,9 @@ def write_as(detector: Detector, format: str) -> Dict[str, Any]:
     - mmdet, mmdet-old (2.0 to 2.13): "state_dict", and "meta" with the class names.
     - torchvision, pytorch-ssd (qfgaohao's): just the parameters.
 
-    Reading the result again gives the same parameters, bit by bit; this is checked. What isn't a
-    parameter isn't converted: default boxes, normalisation and thresholds are the target's.
+    Reading the result again gives the same parameters, bit by bit; for foreign formats this is
+    checked. What isn't a parameter isn't converted: default boxes, normalisation and thresholds
+    are the target's.
 
     Raises:
         ValueError: the target has no such network; says why.

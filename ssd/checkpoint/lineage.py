@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "BODY", "IMAGENET_STD", "MAX_LEVELS", "Lineage", "State", "count_classes", "flat_extras",
-    "heads", "lite_heads", "predictors",
+    "BODY", "IMAGENET_STD", "MAX_LEVELS", "Lineage", "State", "count_classes", "extras",
+    "flat_extras", "heads", "lite_heads", "predictors",
 ]  # fmt: skip
 
 State = Dict[str, Tensor]
@@ -103,17 +103,23 @@ class Lineage:
         return self.restore(result)
 
 
-def flat_extras(prefix: str, *positions: str) -> Iterator[Tuple[str, str]]:
-    """Extra layers of two convolutions.
+def extras(prefix: str, layers: Dict[str, str], first: int = 0) -> Iterator[Tuple[str, str]]:
+    """Extra layers.
 
     Args:
-        prefix: in front of the number of all convolutions, or of the pair if there are
-        positions: of the two within a pair.
+        prefix: in front of a layer's position, with a "{}" for the level's number.
+        layers: positions within a level, to ours.
+        first: their number of the first level.
     """
     for level in range(MAX_LEVELS):
-        for half in (0, 1):
-            theirs = f"{level}.{positions[half]}" if positions else str(2 * level + half)
-            yield f"{prefix}{theirs}", f"backbone.extra_layers.{level}.{half}"
+        for theirs, ours in layers.items():
+            yield prefix.format(first + level) + theirs, f"backbone.extra_layers.{level}.{ours}"
+
+
+def flat_extras(prefix: str) -> Iterator[Tuple[str, str]]:
+    """Extra layers of two convolutions each, numbered throughout."""
+    for number in range(2 * MAX_LEVELS):
+        yield f"{prefix}{number}", f"backbone.extra_layers.{number // 2}.{number % 2}"
 
 
 def heads(cls: str, box: str) -> Iterator[Tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from typing import Callable, Dict, Iterator, Tuple
 
-from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, flat_extras, heads, lite_heads
+from ssd.checkpoint.lineage import Lineage, extras, flat_extras, heads, lite_heads
 from ssd.checkpoint.mobilenet import (
     FLAT_SE,
     NESTED,
@@ -25,9 +25,7 @@ def _mobilenet(
     version: str, block: Callable[[int], Dict[str, str]], extra: Dict[str, str]
 ) -> Iterator[Tuple[str, str]]:
     yield from mobilenet(version, "backbone.features.", block, "conv.")
-    for level in range(MAX_LEVELS):
-        for theirs, ours in extra.items():
-            yield f"backbone.extras.{level}.conv.{theirs}", f"backbone.extra_layers.{level}.{ours}"
+    yield from extras("backbone.extras.{}.conv.", extra)
     # the last level's are bare; the others' layers lie in "conv"
     yield from lite_heads(_CLS, _BOX, ".conv.0", ".conv.1", ".conv.3", last_1x1=True)
 

@@ -7,6 +7,7 @@ from ssd.checkpoint.lineage import (
     MAX_LEVELS,
     Lineage,
     State,
+    extras,
     flat_extras,
     heads,
     lite_heads,
@@ -30,12 +31,9 @@ def _mobilenet() -> Iterator[Tuple[str, str]]:
         for theirs, ours in roles.items():
             yield f"{theirs}.conv", BODY + ours
             yield f"{theirs}.bn", f"{BODY}{ours}.norm"
-    for level in range(MAX_LEVELS):
-        theirs, ours = f"neck.extra_layers.{level}.", f"backbone.extra_layers.{level}."
-        layers = ("0.", "1.depthwise_conv.", "1.pointwise_conv.")
-        for index, layer in enumerate(layers):
-            yield f"{theirs}{layer}conv", f"{ours}{index}"
-            yield f"{theirs}{layer}bn", f"{ours}{index}.norm"
+    for ours, theirs in zip("012", ("0", "1.depthwise_conv", "1.pointwise_conv")):
+        layers = {f"{theirs}.conv": ours, f"{theirs}.bn": f"{ours}.norm"}
+        yield from extras("neck.extra_layers.{}.", layers)
     cls, box = "bbox_head.cls_convs.{}.", "bbox_head.reg_convs.{}."
     yield from lite_heads(cls, box, "0.conv", "0.bn", "1")
 
@@ -46,7 +44,7 @@ VGG = Lineage(
     ("bbox_head.cls_convs.0.0.weight", "backbone.features.0.weight"),
     {
         **dict(vgg_layers("backbone.features.")),
-        **dict(flat_extras("neck.extra_layers.", "0.conv", "1.conv")),
+        **dict(extras("neck.extra_layers.{}.", {"0.conv": "0", "1.conv": "1"})),
         **dict(heads("bbox_head.cls_convs.{}.0", "bbox_head.reg_convs.{}.0")),
         "neck.l2_norm": _L2_NORM,
     },

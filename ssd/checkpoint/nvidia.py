@@ -2,7 +2,7 @@
 
 from typing import Iterator, Tuple
 
-from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, heads
+from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, extras, heads
 from ssd.checkpoint.resnet import torchvision_resnet
 
 __all__ = ["LINEAGES"]
@@ -11,16 +11,15 @@ __all__ = ["LINEAGES"]
 def _names() -> Iterator[Tuple[str, str]]:
     prefix = "feature_extractor.feature_extractor."
     stages = {"1": "4", "2": "5", "3": "6"}
-    for theirs, ours in torchvision_resnet(("0", "1"), "layer{}."):
+    for theirs, ours in torchvision_resnet(("0", "1")):
         if theirs.startswith("layer"):
             stage, rest = theirs.removeprefix("layer").split(".", 1)
             if stage not in stages:
                 continue
             theirs = f"{stages[stage]}.{rest}"
         yield prefix + theirs, ours
-    for level in range(MAX_LEVELS):
-        for theirs, ours in {"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"}.items():
-            yield f"additional_blocks.{level}.{theirs}", f"backbone.extra_layers.{level}.{ours}"
+    layers = {"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"}
+    yield from extras("additional_blocks.{}.", layers)
     yield from heads("conf.{}", "loc.{}")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Tuple
 from urllib.parse import urlparse
 
-__all__ = ["BACKBONES", "PUBLISHED", "Weights", "lab_folder"]
+__all__ = ["BACKBONE_URLS", "PUBLISHED", "Weights", "lab_folder"]
 
 
 class Weights(NamedTuple):
@@ -15,7 +15,7 @@ class Weights(NamedTuple):
     lab: str
     url: str
     result: str  # as published
-    sha256: Optional[str] = None  # its first digits, which the file's name carries; None: unknown
+    sha256: Optional[str] = None  # its first digits, or all; None: unknown
     opts: Tuple = ()  # KEY, VALUE, …: where their definition differs from the lab's
     file: str = ""  # its name, where the address is that of a page or of an archive
 
@@ -224,7 +224,7 @@ PUBLISHED: Dict[str, Weights] = {
 }  # fmt: skip
 
 # File name to address of the backbones that the labs start from.
-BACKBONES: Dict[str, str] = {
+BACKBONE_URLS: Dict[str, str] = {
     Path(urlparse(url).path).name: url
     for url in (
         _AMDEGROOT + "vgg16_reducedfc.pth",

@@ -3,25 +3,23 @@
 import re
 from typing import Iterator, Tuple
 
-from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, flat_extras, heads, lite_heads
+from ssd.checkpoint.lineage import Lineage, State, extras, heads, lite_heads
 from ssd.checkpoint.mobilenet import FLAT, V1, flat_v2, mobilenet
 from ssd.checkpoint.vgg import vgg_layers
 
 __all__ = ["LINEAGES"]
 
 _CLS, _BOX = "classification_headers.{}", "regression_headers.{}"
-_VGG = {
-    **dict(vgg_layers("base_net.")),
-    **dict(flat_extras("extras.", "0", "2")),
+_EXTRAS_AND_HEADS = {
+    **dict(extras("extras.{}.", {"0": "0", "2": "1"})),
     **dict(heads(_CLS, _BOX)),
 }
+_VGG = {**dict(vgg_layers("base_net.")), **_EXTRAS_AND_HEADS}
 
 
 def _mobilenetv2() -> Iterator[Tuple[str, str]]:
     yield from mobilenet("v2", "base_net.", flat_v2, "conv.")
-    for level in range(MAX_LEVELS):
-        for theirs, ours in FLAT.items():
-            yield f"extras.{level}.conv.{theirs}", f"backbone.extra_layers.{level}.{ours}"
+    yield from extras("extras.{}.conv.", FLAT)
     yield from lite_heads(_CLS, _BOX, ".0", ".1", ".3", last_1x1=True)
 
 
@@ -47,11 +45,7 @@ LINEAGES = [
         "qfgaohao_mobilenetv1",
         "qfgaohao's MobileNetV1 SSD",
         ("classification_headers.0.weight", "base_net.1.3.weight"),
-        {
-            **dict(mobilenet("v1", "base_net.", lambda index: V1)),
-            **dict(flat_extras("extras.", "0", "2")),
-            **dict(heads(_CLS, _BOX)),
-        },
+        {**dict(mobilenet("v1", "base_net.", lambda index: V1)), **_EXTRAS_AND_HEADS},
         background_first=True,
     ),
     Lineage(

@@ -9,19 +9,13 @@ __all__ = ["BACKBONES", "torchvision_resnet"]
 BLOCKS = {2: 3, 3: 8, 4: 36, 5: 3}  # at most, of ResNet-152
 
 
-def torchvision_resnet(
-    stem: Tuple[str, str] = ("conv1", "bn1"), stage: str = "layer{}."
-) -> Iterator[Tuple[str, str]]:
-    """
-    Args:
-        stem: names of the first convolution and its BatchNorm.
-        stage: of the stage, with "{}" for its number from 1.
-    """
+def torchvision_resnet(stem: Tuple[str, str] = ("conv1", "bn1")) -> Iterator[Tuple[str, str]]:
+    """``stem``: names of the first convolution and its BatchNorm."""
     yield stem[0], f"{BODY}stem.conv1"
     yield stem[1], f"{BODY}stem.conv1.norm"
     for number, blocks in BLOCKS.items():
         for block in range(blocks):
-            theirs, ours = f"{stage.format(number - 1)}{block}.", f"{BODY}res{number}.{block}."
+            theirs, ours = f"layer{number - 1}.{block}.", f"{BODY}res{number}.{block}."
             for index in (1, 2, 3):
                 yield f"{theirs}conv{index}", f"{ours}conv{index}"
                 yield f"{theirs}bn{index}", f"{ours}conv{index}.norm"

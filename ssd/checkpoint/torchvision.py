@@ -2,7 +2,7 @@
 
 from typing import Iterator, Tuple
 
-from ssd.checkpoint.lineage import BODY, MAX_LEVELS, Lineage, flat_extras, heads, lite_heads
+from ssd.checkpoint.lineage import BODY, Lineage, extras, heads, lite_heads
 from ssd.checkpoint.mobilenet import mobilenet, nested_v3
 from ssd.checkpoint.vgg import CONV_NAMES
 
@@ -20,10 +20,8 @@ def _vgg() -> Iterator[Tuple[str, str]]:
     for position, name in layers.items():
         yield f"backbone.extra.0.{position}", BODY + name
     yield "backbone.scale_weight", "backbone.l2_norm.conv4_3.weight"
-    for theirs, ours in flat_extras("backbone.extra.", "0", "2"):
-        # the first of theirs is the rest of VGG16
-        prefix, level, half = theirs.rsplit(".", 2)
-        yield f"{prefix}.{int(level) + 1}.{half}", ours
+    # the first of theirs is the rest of VGG16
+    yield from extras("backbone.extra.{}.", {"0": "0", "2": "1"}, first=1)
     yield from heads(_CLS, _BOX)
 
 
@@ -38,12 +36,9 @@ def _mobilenetv3() -> Iterator[Tuple[str, str]]:
         else:
             part = f"1.{int(index) - 13}.{rest.removeprefix('block.') if index == '13' else rest}"
         yield f"backbone.features.{part}", ours
-    for level in range(MAX_LEVELS):
-        for position in range(3):
-            theirs = f"backbone.extra.{level}.{position}"
-            ours = f"backbone.extra_layers.{level}.{position}"
-            yield f"{theirs}.0", ours
-            yield f"{theirs}.1", f"{ours}.norm"
+    for index in "012":
+        layers = {f"{index}.0": index, f"{index}.1": f"{index}.norm"}
+        yield from extras("backbone.extra.{}.", layers)
     yield from lite_heads(_CLS, _BOX, ".0.0", ".0.1", ".1")
 
 

@@ -1,16 +1,13 @@
 """Data loaders whose samples depend on the seed and their number in the run, on nothing else."""
 
 import contextlib
-import io
 import itertools
 import logging
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import threading
-from multiprocessing import reduction
 from typing import Callable, Iterator, List, Optional, Sequence
 
 import cv2
@@ -24,6 +21,7 @@ from detectron2.data import (
 )
 from detectron2.utils import comm
 
+from ssd.data.batch import Batch
 from ssd.data.boxes import find_box_defects
 from ssd.data.datasets import check_class_count
 from ssd.data.files import datasets_folder_text
@@ -31,7 +29,6 @@ from ssd.data.mapper import SSDDatasetMapper
 from ssd.memory import keep_freed_memory
 
 __all__ = [
-    "Batch",
     "RunSampler",
     "SampleStream",
     "build_test_loader",
@@ -231,74 +228,6 @@ def _say_where(what: str) -> Iterator[None]:
         if "DETECTRON2_DATASETS" in str(error):
             raise
         raise FileNotFoundError(f"{what}: {error}; {datasets_folder_text()}") from None
-
-
-class Batch(list):
-    """A list of dicts whose tensors travel between processes in one file in memory.
-
-    By itself each tensor costs the receiver a connection, a mapping and its release: for a batch of
-    32 images, their boxes and their classes more time than a GPU needs for the training step.
-    Docker's small /dev/shm isn't used. It arrives as a plain list.
-    """
-
-
-def _send(batch: Batch) -> tuple:
-    stream = io.BytesIO()
-    pickler = _Pickler(stream)
-    pickler.dump(list(batch))
-    # in falling size of their elements, so that each is aligned
-    order = sorted(enumerate(pickler.tensors), key=lambda x: -x[1].element_size())
-    layout = [(number, x.dtype, x.shape, x.numel() * x.element_size()) for number, x in order]
-    try:
-        with open(os.memfd_create("batch"), "wb") as file:
-            for _, x in order:
-                flat = x.contiguous().as_strided((x.numel(),), (1,))
-                file.write(flat.view(torch.uint8).numpy())
-            file.seek(0)
-            return _receive, (stream.getvalue(), layout, reduction.DupFd(file.fileno()))
-    except (AttributeError, OSError, RuntimeError):  # not Linux, not allowed, not plain memory
-        return list, (list(batch),)
-
-
-reduction.ForkingPickler.register(Batch, _send)  # for processes only, not for files and copies
-
-
-class _Pickler(pickle.Pickler):
-    """Writes numbers in the place of tensors, which it keeps."""
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.tensors = []
-
-    def persistent_id(self, x):
-        if type(x) is not torch.Tensor or x.requires_grad:
-            return None
-        if x.device.type != "cpu" or x.layout != torch.strided:
-            return None
-        self.tensors.append(x)
-        return len(self.tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream, tensors: List[torch.Tensor]):
-        super().__init__(stream)
-        self.tensors = tensors
-
-    def persistent_load(self, number: int) -> torch.Tensor:
-        return self.tensors[number]
-
-
-def _receive(data: bytes, layout: List[tuple], fd) -> list:
-    sizes = [size for *_, size in layout]
-    # a GPU reads pinned memory by itself, and torch doesn't pin it once more
-    pin_memory = torch.cuda.is_initialized()
-    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin_memory)
-    with open(fd.detach(), "rb") as file:
-        file.readinto(packed.numpy())
-    tensors = [None] * len(layout)
-    for part, (number, dtype, shape, _) in zip(packed.split(sizes), layout):
-        tensors[number] = part.view(dtype).view(shape)
-    return _Unpickler(io.BytesIO(data), tensors).load()
 
 
 def _init_worker(_: int) -> None:

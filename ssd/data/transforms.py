@@ -52,7 +52,6 @@ class WarpTransform(Transform):
         output_size: Tuple[int, int],
         source_size: Tuple[int, int],
         fill: Sequence[float] = (0, 0, 0),
-        seg_fill: int = 255,
     ):
         """
         Args:
@@ -61,14 +60,12 @@ class WarpTransform(Transform):
             output_size: (height, width) of the result.
             source_size: (height, width) of the image that is warped.
             fill: value of each channel, in the image's channel order, outside the image.
-            seg_fill: label outside the image in segmentations (255: Detectron2's "ignore").
         """
         super().__init__()
         self.region = tuple(map(float, region))
         self.output_size = _checked_size("output_size", output_size)
         self.source_size = _checked_size("source_size", source_size)
         self.fill = tuple(fill)
-        self.seg_fill = seg_fill
         if len(self.region) != 4 or not all(map(math.isfinite, self.region)):
             raise ValueError(f"region is {region}, expected 4 finite numbers (x0, y0, x1, y1)")
         if self.region[0] == self.region[2] or self.region[1] == self.region[3]:
@@ -91,7 +88,7 @@ class WarpTransform(Transform):
             an array of ``output_size`` with the dtype and channels of ``img``.
         """
         self._check_source(img)
-        (height, width), (out_h, out_w) = self.source_size, self.output_size
+        out_h, out_w = self.output_size
         (left, right), (top, bottom) = self._pixels(0), self._pixels(1)
         shown = img[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
         x0, y0, x1, y1 = self.region
@@ -113,13 +110,23 @@ class WarpTransform(Transform):
                 f"fill is {self.fill} for an image of {channels} channels, expected one number or "
                 "one for each channel (MODEL.PIXEL_MEAN)"
             )
-        if not shown.size:
-            blank = np.broadcast_to(np.array(fill, np.float64), (out_h, out_w, channels))
-            blank = blank.round() if img.dtype == np.uint8 else blank
-            return blank.astype(img.dtype).reshape(out_h, out_w, *img.shape[2:])
-        # Only the part of the output that shows the image is sampled, with half a pixel around it
-        # where image and fill blend.
-        columns, rows = shown.shape[1], shown.shape[0]
+        if shown.size:
+            out = self._sample(shown, photometric, fill)
+        else:
+            out = np.broadcast_to(np.array(fill, np.float64), (out_h, out_w, channels))
+            out = (out.round() if img.dtype == np.uint8 else out).astype(img.dtype)
+        return out.reshape(out_h, out_w, *img.shape[2:])
+
+    def _sample(self, shown: np.ndarray, photometric: Optional[Transform], fill) -> np.ndarray:
+        """The output, from those pixels of the image that the region touches.
+
+        Only the part of it that shows the image is sampled, with half a pixel around it where
+        image and fill blend.
+        """
+        (height, width), (out_h, out_w) = self.source_size, self.output_size
+        (left, right), (top, bottom) = self._pixels(0), self._pixels(1)
+        x0, y0, x1, y1 = self.region
+        rows, columns = shown.shape[:2]
         u0, u1, start_x, step_x = _samples(x0, x1, out_w, max(left, 0), columns)
         v0, v1, start_y, step_y = _samples(y0, y1, out_h, max(top, 0), rows)
         inner = cv2.warpAffine(
@@ -130,17 +137,16 @@ class WarpTransform(Transform):
             borderMode=cv2.BORDER_REPLICATE,  # as at the edge of a crop
         )
         inner = inner if photometric is None else photometric.apply_image(inner)
-        inner = inner.reshape(v1 - v0, u1 - u0, channels)
+        inner = inner.reshape(v1 - v0, u1 - u0, -1)  # OpenCV drops a single channel
         for axis, start, step, length, before, after in (
             (1, start_x, step_x, columns, left < 0, right > width),
             (0, start_y, step_y, rows, top < 0, bottom > height),
         ):
             if before or after:
                 _fade(inner.swapaxes(0, axis), start, step, length, before, after, fill)
-        out = cv2.copyMakeBorder(
+        return cv2.copyMakeBorder(
             inner, v0, out_h - v1, u0, out_w - u1, cv2.BORDER_CONSTANT, value=fill
         )
-        return out.reshape(out_h, out_w, *img.shape[2:])
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Maps points, also those outside the region.
@@ -158,16 +164,10 @@ class WarpTransform(Transform):
         scale = np.array([width / (x1 - x0), height / (y1 - y0)])
         return ((coords.reshape(-1, 2) - np.array([x0, y0])) * scale).astype(dtype)
 
-    def apply_box(self, box: np.ndarray) -> np.ndarray:
-        """Maps (M, 4) XYXY boxes; none is dropped or clipped."""
-        corners = self.apply_coords(np.asarray(box).reshape(-1, 2)).reshape(-1, 2, 2)
-        low, high = corners.min(axis=1), corners.max(axis=1)
-        return np.concatenate([low, high], axis=1)
-
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Nearest label at each pixel's centre, ``seg_fill`` outside; (H, W) of any dtype."""
+        """Nearest label at each pixel's centre, 255 (Detectron2's "ignore") outside; (H, W)."""
         self._check_source(segmentation)
-        out = np.full(self.output_size, self.seg_fill, segmentation.dtype)
+        out = np.full(self.output_size, 255, segmentation.dtype)
         centers = []
         for axis, size in ((0, self.output_size[1]), (1, self.output_size[0])):
             low, high = self.region[axis], self.region[axis + 2]
@@ -182,7 +182,7 @@ class WarpTransform(Transform):
         """The warp back to ``source_size``; what lay outside the region becomes ``fill``."""
         height, width = self.source_size
         region = self.apply_coords(np.array([[0.0, 0.0], [width, height]])).ravel()
-        return WarpTransform(region, self.source_size, self.output_size, self.fill, self.seg_fill)
+        return WarpTransform(region, self.source_size, self.output_size, self.fill)
 
     def then(self, second: "WarpTransform") -> "WarpTransform":
         """One warp with the geometry of this one followed by ``second``.
@@ -198,10 +198,10 @@ class WarpTransform(Transform):
                 f"the second warp is for images of {second.source_size} (height, width), "
                 f"expected {self.output_size}, the first one's output_size"
             )
-        fills = self if self._reaches_outside() else second
+        fill = self.fill if self._reaches_outside() else second.fill
         if second._reaches_outside():
-            if (fills.fill, fills.seg_fill) != (second.fill, second.seg_fill):
-                raise ValueError(f"two fill values in one warp: {fills.fill} and {second.fill}")
+            if fill != second.fill:
+                raise ValueError(f"two fill values in one warp: {fill} and {second.fill}")
             if self._crops():
                 raise ValueError(f"{second} expands what {self} crops: expand first, then crop")
         x0, y0, x1, y1 = self.region
@@ -209,9 +209,7 @@ class WarpTransform(Transform):
         step_x, step_y = (x1 - x0) / width, (y1 - y0) / height
         u0, v0, u1, v1 = second.region
         region = (x0 + u0 * step_x, y0 + v0 * step_y, x0 + u1 * step_x, y0 + v1 * step_y)
-        return WarpTransform(
-            region, second.output_size, self.source_size, fills.fill, fills.seg_fill
-        )
+        return WarpTransform(region, second.output_size, self.source_size, fill)
 
     @property
     def reduction(self) -> int:
@@ -223,13 +221,9 @@ class WarpTransform(Transform):
 
     def reduced(self, factor: int) -> "WarpTransform":
         """This warp of an image decoded at 1 / ``factor``, its size rounded up."""
-        return WarpTransform(
-            [v / factor for v in self.region],
-            self.output_size,
-            [-(-v // factor) for v in self.source_size],
-            self.fill,
-            self.seg_fill,
-        )
+        source_size = [-(-v // factor) for v in self.source_size]
+        region = [v / factor for v in self.region]
+        return WarpTransform(region, self.output_size, source_size, self.fill)
 
     def _pixels(self, axis: int) -> Tuple[int, int]:
         """First pixel and one past the last that the region touches along x (0) or y (1)."""
@@ -253,7 +247,7 @@ class WarpTransform(Transform):
     def __repr__(self) -> str:
         return (
             f"WarpTransform(region={self.region}, output_size={self.output_size}, "
-            f"source_size={self.source_size}, fill={self.fill}, seg_fill={self.seg_fill})"
+            f"source_size={self.source_size}, fill={self.fill})"
         )
 
 
@@ -477,17 +471,8 @@ class PhotometricWarp(Transform):
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return self.warp.apply_coords(coords)
 
-    def apply_box(self, box: np.ndarray) -> np.ndarray:
-        return self.warp.apply_box(box)
-
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         return self.warp.apply_segmentation(segmentation)
-
-    def __repr__(self) -> str:
-        return (
-            f"PhotometricWarp(photometric={self.photometric}, warp={self.warp}, "
-            f"photometric_last={self.photometric_last})"
-        )
 
 
 def _checked_size(name: str, size: Tuple[int, int]) -> Tuple[int, int]:

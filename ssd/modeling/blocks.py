@@ -1,23 +1,27 @@
 """Blocks that backbones, extra layers and heads share."""
 
-from typing import Iterable, List, Optional, Sequence
+from typing import Callable, Iterable, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 __all__ = [
+    "BATCH_NORMS",
     "BatchNorm2d",
     "InvertedResidual",
     "ReLU6",
     "StridedConv2d",
     "check_out_features",
     "conv_block",
+    "init_convolutions",
     "pad_as_tensorflow",
     "round_to_8",
 ]
+
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)  # with SyncBatchNorm
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -215,6 +219,15 @@ class InvertedResidual(nn.Module):
     def after_expansion(self, x: Tensor) -> Tensor:
         """The rest of the block, (N, hidden, H, W) to (N, out_channels, H', W'); no shortcut."""
         return self.project(self.activate(self.squeeze(self.depthwise(x))))
+
+
+def init_convolutions(module: nn.Module, init: Callable, **kwargs) -> None:
+    """All weights in ``module`` by this function of :mod:`torch.nn.init`; biases are 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            init(layer.weight, **kwargs)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def round_to_8(channels: float) -> int:

@@ -47,7 +47,7 @@ class DefaultBoxGenerator(nn.Module):
             input_size: (height, width) of the network's input in pixels.
             min_sizes: side of the smaller square of each level, in pixels.
             max_size: the ``max`` of the last level; another level's is the next level's ``min``.
-            aspect_ratios: of each level, each greater than 1.
+            aspect_ratios: of each level, positive; 1 / r swaps the two boxes of r.
             steps: of each level, in pixels: one number, or (y, x); empty: input size / map size.
             clip: "none"; "xyxy": the corners are clipped to the input; "cxcywh": the centre, width
                 and height are, each by itself; "wh": width and height are.

@@ -8,7 +8,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ssd.modeling.blocks import BatchNorm2d, InvertedResidual, conv_block
+from ssd.modeling.blocks import (
+    BatchNorm2d,
+    InvertedResidual,
+    check_out_features,
+    conv_block,
+    init_convolutions,
+)
 
 __all__ = ["L2Norm", "SSDBackbone", "build_ssd_backbone"]
 
@@ -60,20 +66,13 @@ class SSDBackbone(Backbone):
         """
         super().__init__()
         shapes = bottom_up.output_shape()
-        for key, names, allowed in (
-            ("IN_FEATURES", in_features, list(shapes)),
-            ("L2_NORM_FEATURES", l2_norm_features, list(in_features)),
-        ):
-            unknown = [name for name in names if name not in allowed]
-            if unknown:
-                raise ValueError(f"MODEL.SSD.{key}: no feature {unknown} in {allowed}")
-        if not in_features:
-            raise ValueError("MODEL.SSD.IN_FEATURES is empty")
+        self.in_features = check_out_features(in_features, shapes)
+        if unknown := [name for name in l2_norm_features if name not in in_features]:
+            raise ValueError(f"MODEL.SSD.L2_NORM_FEATURES: no feature {unknown} in {in_features}")
         norms = {"L2Norm": L2Norm, "BN": BatchNorm2d}
         if l2_norm not in norms:
             raise ValueError(f"MODEL.SSD.L2_NORM: one of {list(norms)}, got {l2_norm!r}")
         self.bottom_up = bottom_up
-        self.in_features = list(in_features)
         self.l2_norm = nn.ModuleDict(
             {name: norms[l2_norm](shapes[name].channels) for name in l2_norm_features}
         )
@@ -95,14 +94,10 @@ class SSDBackbone(Backbone):
             self._out_feature_channels[f"extra{number}"] = channels
             self._out_feature_strides[f"extra{number}"] = stride
         self._out_features = list(self._out_feature_channels)
-        for module in self.extra_layers.modules():
-            if isinstance(module, nn.Conv2d):
-                if block == "conv":
-                    nn.init.xavier_uniform_(module.weight)
-                else:
-                    nn.init.normal_(module.weight, std=0.03)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        if block == "conv":
+            init_convolutions(self.extra_layers, nn.init.xavier_uniform_)
+        else:
+            init_convolutions(self.extra_layers, nn.init.normal_, std=0.03)
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec):
@@ -123,7 +118,7 @@ class SSDBackbone(Backbone):
         }
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
-        """(N, 3, H, W) to the named feature maps, finest first."""
+        """(N, 3, H, W) to the named feature maps: ``in_features`` as given, then extra ones."""
         features = self.bottom_up(x)
         outputs = {name: features[name] for name in self.in_features}
         x = outputs[self.in_features[-1]]

@@ -5,7 +5,7 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ssd.modeling.blocks import conv_block
+from ssd.modeling.blocks import conv_block, init_convolutions
 
 __all__ = ["SSDHead", "SSDLiteHead"]
 
@@ -33,10 +33,9 @@ class SSDHead(nn.Module):
         )
 
     def _predictor(self, in_channels: int, out_channels: int, is_last: bool) -> nn.Module:
-        conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        nn.init.xavier_uniform_(conv.weight)
-        nn.init.zeros_(conv.bias)
-        return conv
+        predictor = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        init_convolutions(predictor, nn.init.xavier_uniform_)
+        return predictor
 
     def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
         """Feature maps (N, C, H, W) to logits (N, A*(K+1), H, W) and offsets (N, A*4, H, W)."""
@@ -68,11 +67,7 @@ class SSDLiteHead(SSDHead):
                 in_channels, in_channels, 3, norm=self._norm, activation="ReLU6", groups=in_channels
             )
             predictor.insert(0, depthwise)
-        for module in predictor.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.03)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_convolutions(predictor, nn.init.normal_, std=0.03)
         return predictor
 
 

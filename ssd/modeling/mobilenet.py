@@ -6,7 +6,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ssd.modeling.blocks import InvertedResidual, check_out_features, conv_block, round_to_8
+from ssd.modeling.blocks import (
+    InvertedResidual,
+    check_out_features,
+    conv_block,
+    init_convolutions,
+    round_to_8,
+)
 
 __all__ = [
     "MobileNet",
@@ -91,11 +97,7 @@ class MobileNet(Backbone):
         self._names = names[: last + 1]
         for name in self._names:
             self.add_module(name, layers[name])
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_convolutions(self, nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """(N, 3, H, W) to the named feature maps."""

@@ -8,15 +8,14 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_anchor_generator, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ssd.modeling.blocks import pad_as_tensorflow
+from ssd.modeling.blocks import BATCH_NORMS, pad_as_tensorflow
 from ssd.modeling.default_boxes import DefaultBoxGenerator
 from ssd.modeling.head import SSDHead, SSDLiteHead
 from ssd.modeling.multibox import encode_boxes, loss_divisor, match_default_boxes, multibox_loss
@@ -118,43 +117,7 @@ class SSD(DenseDetector):
     @classmethod
     def from_config(cls, cfg):
         ssd = cfg.MODEL.SSD
-        _check_positive("MODEL.SSD.INPUT_SIZE", ssd.INPUT_SIZE)
-        if len(ssd.INPUT_SIZE) != 2:
-            raise ValueError(f"MODEL.SSD.INPUT_SIZE must be [height, width], got {ssd.INPUT_SIZE}")
-        _check_positive("MODEL.SSD.NUM_CLASSES", [ssd.NUM_CLASSES])
-        _check_positive("MODEL.SSD.TOPK_CANDIDATES_TEST", [ssd.TOPK_CANDIDATES_TEST])
-        _check_positive("TEST.DETECTIONS_PER_IMAGE", [cfg.TEST.DETECTIONS_PER_IMAGE])
-        if len(ssd.BBOX_REG_WEIGHTS) != 4 or not all(x > 0 for x in ssd.BBOX_REG_WEIGHTS):
-            raise ValueError(
-                f"MODEL.SSD.BBOX_REG_WEIGHTS must be 4 positive numbers, got {ssd.BBOX_REG_WEIGHTS}"
-            )
-        mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-        if len(mean) != len(std) or not all(x > 0 for x in std):
-            raise ValueError(
-                "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD need a number for each channel, PIXEL_STD "
-                f"positive ones, got {mean} and {std}"
-            )
-        _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
-        _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each"))
-        _check_choice("CLIP_TEST", ssd.CLIP_TEST, ("before_nms", "after_nms"))
-        _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
-        _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
-        _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
-        for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES", "SMOOTH_L1_BETA", "BOX_WEIGHT"):
-            if not 0 <= ssd.LOSS[key] < math.inf:
-                raise ValueError(f"MODEL.SSD.LOSS.{key} must be 0 or more, got {ssd.LOSS[key]}")
-        for key, value in (
-            ("MODEL.SSD.MATCHING.IOU_THRESHOLD", ssd.MATCHING.IOU_THRESHOLD),
-            ("MODEL.SSD.SCORE_THRESH_TEST", ssd.SCORE_THRESH_TEST),
-            ("MODEL.SSD.NMS_THRESH_TEST", ssd.NMS_THRESH_TEST),
-            ("MODEL.BATCH_NORM.MOMENTUM", cfg.MODEL.BATCH_NORM.MOMENTUM),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{key} must be 0 to 1, got {value}")
-        if not 0 < cfg.MODEL.BATCH_NORM.EPS < math.inf:
-            raise ValueError(
-                f"MODEL.BATCH_NORM.EPS must be positive, got {cfg.MODEL.BATCH_NORM.EPS}"
-            )
+        _check_config(cfg)
         backbone = build_backbone(cfg)
         shapes = list(backbone.output_shape().values())
         generator = build_anchor_generator(cfg, shapes)
@@ -171,7 +134,7 @@ class SSD(DenseDetector):
         if ssd.SAME_PADDING:
             pad_as_tensorflow(backbone)
         for module in [*backbone.modules(), *head.modules()]:
-            if isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
+            if isinstance(module, BATCH_NORMS):
                 module.eps = cfg.MODEL.BATCH_NORM.EPS
                 module.momentum = cfg.MODEL.BATCH_NORM.MOMENTUM
         return {
@@ -406,6 +369,46 @@ class SSD(DenseDetector):
             ) from error
         self.backbone.train(training)
         return [tuple(features[name].shape[-2:]) for name in self.head_in_features]
+
+
+def _check_config(cfg) -> None:
+    """The values that would fail late, or give a wrong network."""
+    ssd = cfg.MODEL.SSD
+    _check_positive("MODEL.SSD.INPUT_SIZE", ssd.INPUT_SIZE)
+    if len(ssd.INPUT_SIZE) != 2:
+        raise ValueError(f"MODEL.SSD.INPUT_SIZE must be [height, width], got {ssd.INPUT_SIZE}")
+    _check_positive("MODEL.SSD.NUM_CLASSES", [ssd.NUM_CLASSES])
+    _check_positive("MODEL.SSD.TOPK_CANDIDATES_TEST", [ssd.TOPK_CANDIDATES_TEST])
+    _check_positive("TEST.DETECTIONS_PER_IMAGE", [cfg.TEST.DETECTIONS_PER_IMAGE])
+    if len(ssd.BBOX_REG_WEIGHTS) != 4 or not all(x > 0 for x in ssd.BBOX_REG_WEIGHTS):
+        raise ValueError(
+            f"MODEL.SSD.BBOX_REG_WEIGHTS must be 4 positive numbers, got {ssd.BBOX_REG_WEIGHTS}"
+        )
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if len(mean) != len(std) or not all(x > 0 for x in std):
+        raise ValueError(
+            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD need a number for each channel, PIXEL_STD "
+            f"positive ones, got {mean} and {std}"
+        )
+    _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
+    _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each"))
+    _check_choice("CLIP_TEST", ssd.CLIP_TEST, ("before_nms", "after_nms"))
+    _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
+    _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
+    _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
+    for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES", "SMOOTH_L1_BETA", "BOX_WEIGHT"):
+        if not 0 <= ssd.LOSS[key] < math.inf:
+            raise ValueError(f"MODEL.SSD.LOSS.{key} must be 0 or more, got {ssd.LOSS[key]}")
+    for key, value in (
+        ("MODEL.SSD.MATCHING.IOU_THRESHOLD", ssd.MATCHING.IOU_THRESHOLD),
+        ("MODEL.SSD.SCORE_THRESH_TEST", ssd.SCORE_THRESH_TEST),
+        ("MODEL.SSD.NMS_THRESH_TEST", ssd.NMS_THRESH_TEST),
+        ("MODEL.BATCH_NORM.MOMENTUM", cfg.MODEL.BATCH_NORM.MOMENTUM),
+    ):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{key} must be 0 to 1, got {value}")
+    if not 0 < cfg.MODEL.BATCH_NORM.EPS < math.inf:
+        raise ValueError(f"MODEL.BATCH_NORM.EPS must be positive, got {cfg.MODEL.BATCH_NORM.EPS}")
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ssd.modeling.blocks import check_out_features
+from ssd.modeling.blocks import check_out_features, init_convolutions
 
 __all__ = ["VGG16", "build_vgg16_backbone"]
 
@@ -70,8 +70,7 @@ class VGG16(Backbone):
 
 def _conv(in_channels: int, out_channels: int, kernel: int, **kwargs) -> Conv2d:
     conv = Conv2d(in_channels, out_channels, kernel, activation=nn.ReLU(inplace=True), **kwargs)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.zeros_(conv.bias)
+    init_convolutions(conv, nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
     return conv
 
 

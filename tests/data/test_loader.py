@@ -1,19 +1,16 @@
 import itertools
 import logging
 import os
-import pickle
 import random
-from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
 from ssd.data.loader import (
-    Batch,
     RunSampler,
     SampleStream,
     build_test_loader,
@@ -48,57 +45,11 @@ def test_stream_does_not_depend_on_workers(tiny_cfg):
         assert batches(tiny_cfg("DATALOADER.NUM_WORKERS", workers), 5) == alone
 
 
-def no_file(name):
-    raise PermissionError("not here")
-
-
-@pytest.mark.parametrize("system", ["Linux", "another", "refuses"])
-def test_a_batch_travels_between_processes(system, monkeypatch):
-    if system == "another":
-        monkeypatch.delattr(os, "memfd_create", raising=False)
-    elif system == "refuses":
-        monkeypatch.setattr(os, "memfd_create", no_file, raising=False)
-    elif not hasattr(os, "memfd_create"):
-        pytest.skip("there are no files in memory here")
-    generator = torch.Generator().manual_seed(0)
-    batch = Batch()
-    for count in (3, 0, 1):
-        instances = Instances((4, 5), gt_boxes=Boxes(torch.rand(count, 4, generator=generator)))
-        instances.gt_classes = torch.arange(count)
-        image = torch.randint(0, 256, (3, 4, 5), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "scale": torch.tensor(0.5)})
-    table = torch.arange(12).view(3, 4)
-    odd = [table.t(), table[:, 1], table[:1, ::2], table[:1, 1], torch.tensor(1).expand(4)]
-    rest = {"sparse": table.to_sparse(), "leaf": torch.ones(2, requires_grad=True)}
-    batch.append({"file_name": "a.jpg", "odd": odd, **rest})
-    received = pickle.loads(ForkingPickler.dumps(batch))
-    assert type(received) is list and received[3]["file_name"] == "a.jpg"
-    assert all(map(torch.equal, odd, received[3]["odd"]))
-    assert torch.equal(received[3]["sparse"].to_dense(), table)
-    assert received[3]["leaf"].requires_grad and received[3]["leaf"].tolist() == [1, 1]
-    for sent, got in zip(batch[:3], received[:3]):
-        assert torch.equal(sent["image"], got["image"]) and torch.equal(sent["scale"], got["scale"])
-        assert torch.equal(sent["instances"].gt_boxes.tensor, got["instances"].gt_boxes.tensor)
-        assert torch.equal(sent["instances"].gt_classes, got["instances"].gt_classes)
-        assert got["instances"].image_size == (4, 5)
-    storages = {x["image"].untyped_storage().data_ptr() for x in received[:3]}
-    assert len(storages) == (1 if system == "Linux" else 3)
-    assert pickle.loads(ForkingPickler.dumps(Batch())) == []
-    conjugate = torch.tensor([1 + 2j]).conj()  # not plain memory
-    assert pickle.loads(ForkingPickler.dumps(Batch([conjugate])))[0].shape == (1,)
-
-
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there are no files in memory here")
 def test_batches_of_evaluations_travel_likewise(tiny_cfg):
     cfg = tiny_cfg("DATALOADER.NUM_WORKERS", 1, "TEST.IMS_PER_BATCH", 2)
     batch = next(iter(build_test_loader(cfg, cfg.DATASETS.TEST[0])))
     assert len(batch) == 2 and len({x["image"].untyped_storage().data_ptr() for x in batch}) == 1
-
-
-def test_a_batch_in_a_file_can_be_read_twice():
-    message = pickle.dumps(Batch([torch.arange(3)]))
-    for received in (pickle.loads(message), pickle.loads(message)):
-        assert type(received) is Batch and torch.equal(received[0], torch.arange(3))
 
 
 @pytest.mark.parametrize("start_iter", [3, 5])  # within the first epoch of 16 / 4, and later

@@ -172,9 +172,9 @@ def test_segmentation():
     assert np.array_equal(crop.apply_segmentation(labels), labels[20:50, 10:70][:, ::-1])
     half = WarpTransform((0, 0, WIDTH, HEIGHT), (HEIGHT * 2, WIDTH * 2), (HEIGHT, WIDTH))
     assert np.array_equal(half.apply_segmentation(labels), labels.repeat(2, 0).repeat(2, 1))
-    expand = WarpTransform((-5, -6, 160, 120), (126, 165), (HEIGHT, WIDTH), seg_fill=7)
+    expand = WarpTransform((-5, -6, 160, 120), (126, 165), (HEIGHT, WIDTH))
     out = expand.apply_segmentation(labels.astype(np.uint8))
-    assert (out[:6] == 7).all() and (out[:, :5] == 7).all() and out.dtype == np.uint8
+    assert (out[:6] == 255).all() and (out[:, :5] == 255).all() and out.dtype == np.uint8
     assert np.array_equal(out[6:, 5:], labels.astype(np.uint8))
 
 
@@ -183,7 +183,7 @@ def test_nothing_in_a_transform_is_random_and_repr_is_complete():
     arguments = (1.2, False, 0.8, -7.5, (2, 0, 1), "RGB")
     photometric = PhotometricTransform(12.3, *arguments)
     blending = TorchvisionPhotometricTransform(1.1, *arguments)
-    warp = WarpTransform((-20, 10, 60, 50.5), (80, 40), (HEIGHT, WIDTH), FILL, 3)
+    warp = WarpTransform((-20, 10, 60, 50.5), (80, 40), (HEIGHT, WIDTH), FILL)
     last = PhotometricWarp(photometric, warp, photometric_last=True)
     for transform in (photometric, blending, warp, PhotometricWarp(blending, warp), last):
         before = image.copy()

@@ -14,15 +14,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from ssd.config import load_config
+from ssd.data.mapper import read_image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import doctor  # noqa: E402
-from dataset_checks import reading  # noqa: E402
+from dataset_checks import checks, reading  # noqa: E402
 
 
 class Lab:
@@ -137,9 +139,36 @@ def test_exif(lab):
     assert level == "WARNING" and "000002.jpg: orientation 3" in below
 
 
+def test_turned_tiff(lab):
+    """OpenCV turns TIFFs in any case, and 9 is no orientation."""
+    image = lab.train["images"][0]
+    name = image["file_name"] = "000000.tif"
+    path = str(lab.image(0).with_name(name))
+    with Image.open(lab.image(0)) as picture:
+        exif = picture.getexif()
+        exif[0x0112] = 6
+        picture.save(path, exif=exif)
+    assert reading.scan_file(path).size == read_image(path).shape[:2]
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))  # annotated as stored
+    assert "000000.tif" in finding(text, "files: 1 of another size than annotated")[1]
+    assert "000000.tif: left out, annotated" in text
+    image["width"], image["height"] = image["height"], image["width"]
+    turn(lab.image(1), 9)
+    text = lab.check()
+    assert finding(text, "files: all 16")[0] == "OK"
+    assert finding(text, "EXIF: 1 are turned by it, and annotated so")[0] == "OK"
+
+
 def test_copies_within_a_set_and_between_sets(lab):
-    shutil.copy(lab.image(0), lab.image(1))
-    lab.train["images"][1].update(lab.train["images"][0], id=2, file_name="000001.jpg")
+    for number in (1, 3):  # one with the same objects, one with others
+        shutil.copy(lab.image(number - 1), lab.image(number))
+        name, image = f"{number:06d}.jpg", lab.train["images"][number]
+        image.update(lab.train["images"][number - 1], id=number + 1, file_name=name)
+    for annotation in lab.objects(1):
+        lab.train["annotations"].remove(annotation)
+    twins = [{**a, "id": 1000 + a["id"], "image_id": 2} for a in lab.objects(0)]
+    lab.train["annotations"] += twins
     shutil.copy(lab.image(5), lab.image(1, "test"))
     lab.test["images"][1].update(lab.train["images"][5], id=2, file_name="000001.jpg")
     picture = cv2.imread(str(lab.image(8)))  # half as large, brighter and compressed anew
@@ -150,10 +179,28 @@ def test_copies_within_a_set_and_between_sets(lab):
     text = lab.check()
     level, below = finding(text, "copies: 1 files are there more than once")
     assert level == "WARNING" and "000000.jpg = 000001.jpg" in below
+    level, below = finding(text, "copies: 1 times the same image with different objects")
+    assert level == "ERROR" and "000002.jpg = 000003.jpg" in below
     level, below = finding(text, "1 files are in both")
     assert level == "ERROR" and "000005.jpg = 000001.jpg" in below
-    level, below = finding(text, "1 pairs of images look alike")
+    level, below = finding(text, "1 of 4 test images look like a training image")
     assert level == "WARNING" and "000008.jpg ~ 000002.jpg" in below
+
+
+def test_fixed_camera():
+    """Of images that all look alike each test image is named once, with the most alike one."""
+    sets = []
+    for name, count in (("train", 400), ("test", 300)):
+        noise = 0.05 * np.random.default_rng(0).standard_normal((count, 256))
+        views = np.tile([-1, 1], 128) + noise + 0.01 * (name == "test") * np.arange(256) / 256
+        views /= np.linalg.norm(views, axis=1, keepdims=True)
+        files = [reading.ImageFile("", (9, 9), 1, f"{name}{i}".encode(), v)
+                 for i, v in enumerate(views)]  # fmt: skip
+        records = [{"file_name": f"{i}.jpg"} for i in range(count)]
+        sets.append(reading.DataSet(name, records, files, ["a"], ".", True))
+    (found,), same = checks.check_leaks(*sets)
+    assert found.text == "train and test: 300 of 300 test images look like a training image"
+    assert same == [] and found.places == [f"{i}.jpg ~ {i}.jpg" for i in range(300)]
 
 
 def test_box_defects(lab):
@@ -237,6 +284,8 @@ def test_class_count_and_misspelt_keys(lab):
         ({"id": 2}, "ERROR", "1 annotations with the id of another", "annotation 2"),
         ({"ignore": 1}, "ERROR", "1 annotations with ignore: 1", "annotation 1"),
         ({"segmentation": [[1, 2]]}, "WARNING", "1 annotations whose segmentation", "annotation 1"),
+        ({"segmentation": [[1] * 7]}, "WARNING", "1 annotations whose segmentation", "on 1"),
+        ({"segmentation": "none"}, "WARNING", "1 annotations whose segmentation", "annotation 1"),
     ],
 )
 def test_broken_coco_annotations(lab, change, level, text, place):
@@ -251,15 +300,181 @@ def test_broken_coco_annotations(lab, change, level, text, place):
 def test_broken_coco_images_and_files(lab):
     del lab.train["images"][0]["width"]
     lab.train["images"][1]["id"] = 3
+    lab.train["images"][4]["height"] = "278"
     text = lab.check()
     assert "000000.jpg" in finding(text, "1 images without height or width")[1]
-    assert "000002.jpg: id 3" in finding(text, "1 images with the id of another")[1]
-    for broken in ([], {**lab.train, "annotations": None}, {**lab.train, "images": ["a.jpg"]}):
+    assert "000004.jpg" in finding(text, "1 images whose height or width is no number")[1]
+    assert "000002.jpg: id 3" in finding(text, "2 images with the id of another")[1]
+    assert finding(text, f"{len(lab.objects(2))} annotations of ambiguous images")[0] == "ERROR"
+    sound, numbers = lab.train, [{"id": 1, "name": 5}]
+    for broken in (
+        [],
+        {**sound, "annotations": None},
+        {**sound, "images": ["a.jpg"]},
+        {**sound, "categories": []},
+        {**sound, "categories": numbers},
+    ):
         lab.train = broken
-        text = lab.check()
+        text = lab.check(fix=str(lab.folder / "cleaned.json"))
         assert finding(text, "train.json is no COCO file")[0] == "ERROR"
-        assert text.count("Training stops with this error") == 1
+        if not (broken and broken["categories"] is numbers):
+            assert text.count("Training stops with this error") == 1
         assert finding(text, "NUM_CLASSES 6 fits")[0] == "OK" and "fits doctor_test" in text
+        assert finding(text, "doctor_train can't be copied until the ERRORs above")[0] == "ERROR"
+        assert not (lab.folder / "cleaned.json").exists()
+    lab.train = {**sound, "images": []}
+    assert finding(lab.check(), "holds no image")[0] == "ERROR"
+    lab.train = sound
+    lab.objects(5)[0]["bbox"][0] = 10**400
+    text = lab.check()
+    assert finding(text, "train.json can't be checked further: OverflowError")[0] == "ERROR"
+
+
+@pytest.mark.parametrize("key", ["id", "name"])
+def test_categories_of_the_same(lab, key):
+    first, second = lab.train["categories"][:2]
+    second[key] = first[key]
+    text = lab.check(fix=str(lab.folder / "cleaned.json"))
+    level, below = finding(text, f"^2 categories of the same {key}")
+    assert level == "ERROR" and f"{second['name']}: id {second['id']}" in below
+    assert finding(text, "can't be copied")[0] == "ERROR"
+
+
+@pytest.mark.parametrize("filters", ["True", "False"])
+def test_nothing_to_learn(lab, filters):
+    for annotation in lab.train["annotations"]:
+        annotation["iscrowd"] = 1
+    text = lab.check("DATALOADER.FILTER_EMPTY_ANNOTATIONS", filters)
+    assert finding(text, "DATASETS.TRAIN has no object to learn")[0] == "ERROR"
+    lab.train["annotations"][0]["iscrowd"] = 0
+    assert "no object to learn" not in lab.check()
+
+
+def used_entry(text):
+    return yaml.safe_load(re.search(r"use it in DATASETS.REGISTER with \w+: (.*)", text)[1])
+
+
+def test_fix_merges_the_entries_of_a_file(lab):
+    """One image per annotation, as converters of tables write it; EXIF tells two sizes."""
+    images = {image["id"]: image for image in lab.train["images"]}
+    lab.train["images"] = []
+    for number, annotation in enumerate(lab.train["annotations"], 1):
+        lab.train["images"].append({**images[annotation["image_id"]], "id": number})
+        annotation["image_id"] = number
+    first = lab.train["images"][0]
+    twin = {**first, "id": 1000}
+    stored = {**first, "id": 1001, "height": first["width"], "width": first["height"]}
+    lab.train["images"] += [twin, stored]
+    total = len(lab.train["annotations"])
+    for image_id in (1000, 1001):
+        annotation = {**lab.train["annotations"][0], "id": image_id, "image_id": image_id}
+        lab.train["annotations"].append(annotation)
+    turn(lab.image(0), 6)
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))
+    assert finding(text, "the same image with different objects")[0] == "ERROR"
+    for line in (
+        "000001.jpg: left out, a copy of 000001.jpg; 1 of its 1 objects moved there",
+        "000000.jpg: left out, a copy of 000000.jpg; 0 of its 1 objects moved there",
+        "000000.jpg: left out with its objects, a copy of 000000.jpg of another size",
+    ):
+        assert line in text
+    content = json.loads(out.read_text())
+    used = {a["image_id"] for a in content["annotations"]}
+    assert used == {image["id"] for image in content["images"]}
+    assert (len(content["images"]), len(content["annotations"])) == (len(images), total)
+
+
+def test_fix_says_what_the_reader_left_out(lab):
+    images, annotations = lab.train["images"], lab.train["annotations"]
+    images[1]["id"] = images[2]["id"]
+    del images[3]
+    images[3]["height"] = "high"
+    of = {number: lab.objects(number)[0] for number in range(1, 9)}
+    of[5]["category_id"] = str(of[5]["category_id"])
+    of[6]["bbox"] = []
+    of[7]["ignore"] = 1
+    of[8]["segmentation"] = [[1, 2, 3]]
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))
+    for line in (
+        "000001.jpg: id 3: left out (images with the id of another)",
+        "000002.jpg: id 3: left out (images with the id of another)",
+        f"annotation {lab.objects(2)[0]['id']}: left out (annotations of ambiguous images)",
+        f"annotation {of[1]['id']}: left out (annotations of unknown images)",
+        f"annotation {of[3]['id']}: left out (annotations of unknown images)",
+        "000004.jpg: given the file's size (images whose height or width is no number)",
+        f"annotation {of[5]['id']}, category '{of[5]['category_id']}': left out (annotations of un",
+        f"000006.jpg: annotation {of[6]['id']}: left out (annotations without a bbox of four",
+        f"000007.jpg: annotation {of[7]['id']}: made a crowd (annotations with ignore: 1)",
+        f"annotation {of[8]['id']}: kept as a box (annotations whose segmentation is no polygon)",
+        "left out of all annotations: segmentation",
+    ):
+        assert line in text
+    gone = sum(len(lab.objects(number)) for number in (1, 2, 3)) + 2
+    assert len(json.loads(out.read_text())["annotations"]) == len(annotations) - gone
+
+
+def test_fix_keeps_areas_and_categories(lab):
+    """A mask's area goes with its box; it is the box's where that was clipped or there is none."""
+    for part, key in ((lab.train["categories"], "id"), (lab.train["annotations"], "category_id")):
+        for entry in part:
+            entry[key] *= 10
+    plain, scaled, clipped, wrong = (lab.objects(number)[0] for number in range(4))
+    for annotation in (plain, scaled, clipped):
+        annotation["area"] = 12.5
+    wrong["area"] = float("nan")
+    for side in ("height", "width"):
+        lab.train["images"][1][side] *= 2
+    clipped["bbox"] = [-3, 2, 10, 20]
+    out = lab.folder / "cleaned.json"
+    lab.check(fix=str(out))
+    content = json.loads(out.read_text())
+    areas = {a["id"]: a["area"] for a in content["annotations"]}
+    expected = [12.5, 12.5 / 4, 7 * 20, wrong["bbox"][2] * wrong["bbox"][3]]
+    assert [areas[a["id"]] for a in (plain, scaled, clipped, wrong)] == expected
+    assert content["categories"] == lab.train["categories"]
+    labels = [a["category_id"] for a in content["annotations"]]
+    assert labels == [a["category_id"] for a in lab.train["annotations"]]
+
+
+def test_fix_keeps_what_training_sees(lab):
+    """A crowd in front of an object doesn't take its place, an infinite box isn't clipped."""
+    real, endless = lab.objects(0)[0], lab.objects(1)[0]
+    lab.train["annotations"].insert(0, {**real, "id": 1000, "iscrowd": 1})
+    endless["bbox"][2] = float("inf")
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))
+    assert finding(text, "boxes: 1 without area or outside")[0] == "WARNING"
+    assert "have the class and place" not in text
+    assert "000001.jpg: object 0 left out, without area in the image" in text
+    total = len(lab.train["annotations"])
+    # the crowd and the endless box don't count in the table
+    assert sum(map(int, re.findall(r"(?m)^  \w+ +\d+ +(\d+) +[\d.]+%", text))) == total - 2
+    crowds = [a["iscrowd"] for a in json.loads(out.read_text())["annotations"]]
+    assert (sum(crowds), len(crowds)) == (1, total - 1)
+
+
+@pytest.mark.parametrize(
+    "opts, dataset",
+    [
+        (["DATASETS.TRAIN", "()"], None),
+        (["DATASETS.TRAIN", "('doctor_train', 'doctor_test')"], None),
+        ([], "doctor_val"),
+    ],
+)
+def test_fix_asks_for_a_data_set_before_the_scan(lab, opts, dataset):
+    text = lab.check(*opts, fix=str(lab.folder / "cleaned.json"), dataset=dataset)
+    level, _ = finding(text, r"--fix needs a --dataset of \[.*'doctor_test'\], got")
+    assert level == "ERROR" and "images" not in text
+
+
+def test_fix_in_an_odd_folder(lab):
+    """What is printed is YAML, whatever the path."""
+    out = lab.folder / "a, [b] #c: 'd' ä"
+    out.mkdir()
+    entry = used_entry(lab.check(fix=str(out / "cleaned.json")))
+    assert entry["ANNOTATIONS"] == str(out / "cleaned.json")
 
 
 def test_fix_loads_and_is_sound(lab, monkeypatch):
@@ -294,15 +509,16 @@ def test_fix_loads_and_is_sound(lab, monkeypatch):
         "000008.jpg: object 0 clipped from [-3.0",
     ):
         assert line in text
-    entry = re.search(r"use it in DATASETS.REGISTER with doctor_train: \{(.*)\}", text)[1]
-    entry = dict(pair.split(": ") for pair in entry.split(", "))
+    entry = used_entry(text)
     assert entry["FORMAT"] == "coco"
     opts = sum(([f"DATASETS.REGISTER.doctor_train.{k}", v] for k, v in entry.items()), [])
     load_config(str(lab.config), opts)
     records = {Path(r["file_name"]).name: r for r in DatasetCatalog.get("doctor_train")}
     assert sorted(records) == [f"{i:06d}.jpg" for i in range(16) if i not in (0, 2, 3, 6)]
+    moved = len(lab.objects(2))  # of the copy
+    assert f"000001.jpg; {moved} of its {moved} objects moved there" in text
     assert [len(records[f"{i:06d}.jpg"]["annotations"]) - len(lab.objects(i))
-            for i in (1, 4, 7, 8, 9, 10)] == [0, 0, -1, 0, -1, 0]  # fmt: skip
+            for i in (1, 4, 7, 8, 9, 10)] == [moved, 0, -1, 0, -1, 0]  # fmt: skip
     for annotation, old in zip(records["000004.jpg"]["annotations"], lab.objects(4)):
         np.testing.assert_allclose(annotation["bbox"], np.array(old["bbox"]) / 2)
         assert annotation["category_id"] == old["category_id"] - 1
@@ -369,9 +585,11 @@ def test_yolo(lab):
     assert f"doctor_train (train): 16 images, {total + 1} boxes, {lab.folder / 'train'}" in text
     assert len(json.loads(out.read_text())["annotations"]) == total
     labels.write_text(f"{sound}\n0 100 80 30 20")
-    text = lab.check()
+    out = lab.folder / "none.json"
+    text = lab.check(fix=str(out))
     level, below = finding(text, "can't be loaded: ValueError: .*doctor_train: 1 errors")
     assert level == "ERROR"
+    assert finding(text, "can't be copied")[0] == "ERROR" and not out.exists()
     number = len(sound.splitlines()) + 1
     assert f"000000.txt, line {number}: cx cy w h aren't fractions from 0 to 1" in text
 
@@ -380,8 +598,8 @@ def test_kept_category_ids(tmp_path):
     content = {"images": [], "categories": [{"id": 3, "name": "b"}, {"id": 1, "name": "a"}]}
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content))
-    assert reading.read_coco(str(path), "", keep_ids=True)[1] == ["a", "id 2", "b"]
-    assert reading.read_coco(str(path), "")[1] == ["a", "b"]
+    assert reading.read_coco(str(path), "", keep_ids=True)[1] == {1: "a", 2: "id 2", 3: "b"}
+    assert reading.read_coco(str(path), "")[1] == {1: "a", 3: "b"}
 
 
 def test_exit_codes(lab, monkeypatch):
@@ -398,11 +616,16 @@ def test_exit_codes(lab, monkeypatch):
     assert [run(), run("--strict")] == [0, 1]
     with pytest.raises(SystemExit):
         run("--fix", str(lab.folder / "train.json"))
+    with pytest.raises(SystemExit):
+        run("--fix", str(lab.folder / "missing/cleaned.json"))
     lab.image(0).write_bytes(b"")
     assert run() == 1
 
 
 def test_command(lab):
+    name = lab.train["images"][0]["file_name"] = os.fsdecode(b"caf\xe9.jpg")  # not UTF-8
+    lab.image(0).rename(lab.folder / "train" / name)
+    lab.objects(0)[0]["bbox"][2] = 0
     lab.write()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tools/doctor.py"), "--config-file", str(lab.config)]
@@ -410,6 +633,7 @@ def test_command(lab):
     assert done.returncode == 0, done.stderr
     assert re.search(r"OK +Python [\d.]+, torch [\d.]+", done.stdout)
     assert "doctor_test (test): 4 images" in done.stdout
+    assert r"caf\udce9.jpg: object 0 (" in done.stdout
 
 
 @pytest.mark.parametrize(

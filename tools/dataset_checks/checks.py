@@ -10,7 +10,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from dataset_checks.reading import DataSet, Finding, ImageFile
+from dataset_checks.reading import DataSet, Finding, ImageFile, object_key
 from ssd.data.boxes import find_box_defects, xyxy_boxes
 
 ALIKE = 0.97  # correlation of two thumbnails
@@ -32,7 +32,7 @@ def check_files(data: DataSet) -> List[Finding]:
         size, place = (record["height"], record["width"]), data.place(index)
         if file.error:
             unreadable.append(file.error.replace(data.root + os.sep, ""))
-        elif size not in (file.size, file.stored_size):
+        elif size not in file.sizes:
             sizes.append(f"{place}: annotated {_wh(size)}, the file has {_wh(file.size)}")
         elif file.orientation > 1 and file.stored_size == file.size:
             unclear.append(f"{place}: orientation {file.orientation}")
@@ -56,10 +56,25 @@ def check_files(data: DataSet) -> List[Finding]:
     findings.add(unclear, "EXIF: {} are turned without a change of size", advice)
     if turned and not (as_stored or unclear):
         findings.append(Finding("OK", f"EXIF: {turned} are turned by it, and annotated so"))
-    copies = [group for group in _by_content(data).values() if len(group) > 1]
-    places = [" = ".join(map(data.place, group)) for group in copies]
-    findings.add(places, "copies: {} files are there more than once", "Keep one of each.")
+    copies = {False: [], True: []}  # by whether their objects differ
+    for group in _by_content(data).values():
+        if len(group) > 1:
+            views = {_view(data.records[index]) for index in group}
+            differ = len(views) > len({size for size, _ in views})
+            copies[differ].append(" = ".join(map(data.place, group)))
+    findings.add(copies[False], "copies: {} files are there more than once", "Keep one of each.")
+    advice = "Each teaches that the other's objects are background: keep one with all (--fix)."
+    text = "copies: {} times the same image with different objects"
+    findings.add(copies[True], text, advice, "ERROR")
     return findings
+
+
+def _view(record: dict) -> tuple:
+    """Size and objects, to compare an image's entries."""
+    annotations = record["annotations"]
+    boxes = xyxy_boxes(annotations)
+    keys = {object_key(a, box) for a, box in zip(annotations, boxes) if np.isfinite(box).all()}
+    return (record["height"], record["width"]), frozenset(keys)
 
 
 def check_leaks(train: DataSet, test: DataSet) -> Tuple[List[Finding], List[int]]:
@@ -70,13 +85,11 @@ def check_leaks(train: DataSet, test: DataSet) -> Tuple[List[Finding], List[int]
     places = [f"{train.place(first[d][0])} = {test.place(second[d][0])}" for d in same]
     advice = "A result on images of the training says nothing: take them out of one set."
     findings.add(places, f"{title}: {{}} files are in both", advice, "ERROR")
-    places = [
-        f"{train.place(i)} ~ {test.place(j)}"
-        for i, j in _pairs_alike(train.files, test.files)
-        if train.files[i].digest != test.files[j].digest
-    ]
+    alike = _most_alike(train.files, test.files)
+    places = [f"{train.place(i)} ~ {test.place(j)}" for i, j in alike]
+    text = f"{title}: {{}} of {len(test.files)} test images look like a training image"
     advice = "Look at them: copies in another size, or frames of one scene, make results too good."
-    findings.add(places, f"{title}: {{}} pairs of images look alike", advice)
+    findings.add(places, text, advice)
     if not findings:
         findings.append(Finding("OK", f"{title}: no image in both, none that look alike"))
     return findings, sorted(i for digest in same for i in first[digest])
@@ -90,17 +103,20 @@ def _by_content(data: DataSet) -> Dict[bytes, List[int]]:
     return groups
 
 
-def _pairs_alike(a: Sequence[ImageFile], b: Sequence[ImageFile]) -> List[Tuple[int, int]]:
-    """Pairs of files whose thumbnails correlate by ALIKE at least, whatever their brightness."""
-    rows_a, rows_b = ([i for i, f in enumerate(files) if not f.error] for files in (a, b))
-    if not (rows_a and rows_b):
+def _most_alike(train: Sequence[ImageFile], test: Sequence[ImageFile]) -> List[Tuple[int, int]]:
+    """Of each test file whose thumbnail correlates with a training file's by ALIKE at least,
+    whatever their brightness: the most alike one and itself. Copies don't count."""
+    copies = {file.digest for file in train}
+    rows = [i for i, file in enumerate(train) if not file.error]
+    tests = [j for j, file in enumerate(test) if not (file.error or file.digest in copies)]
+    if not (rows and tests):
         return []
-    thumbnails = np.stack([b[i].thumbnail for i in rows_b])
-    pairs = []
-    for start in range(0, len(rows_a), 4096):
-        rows = rows_a[start : start + 4096]
-        correlation = np.stack([a[i].thumbnail for i in rows]) @ thumbnails.T
-        pairs += [(rows[i], rows_b[j]) for i, j in np.argwhere(correlation >= ALIKE)]
+    thumbnails, pairs = np.stack([train[i].thumbnail for i in rows]), []
+    for start in range(0, len(tests), 256):  # as many floats for each training image at a time
+        chunk = tests[start : start + 256]
+        correlation = thumbnails @ np.stack([test[j].thumbnail for j in chunk]).T
+        best = zip(correlation.argmax(0), correlation.max(0), chunk)
+        pairs += [(rows[i], j) for i, value, j in best if value >= ALIKE]
     return pairs
 
 
@@ -124,7 +140,8 @@ def check_boxes(data: DataSet) -> List[Finding]:
                 as_corners += (numbers[:2] < numbers[2:]).all() and (numbers[2:] <= image).all()
             if (sides[n] >= 0.98 * image).all():
                 whole.append(place)
-            other, other_label = seen.setdefault(tuple(box.round()), (n, label))
+            key = object_key({**annotation, "category_id": 0}, box)
+            other, other_label = seen.setdefault(key, (n, label))
             if other != n:
                 (copies if label == other_label else rivals).append(f"{place}, as object {other}")
     findings = _Findings()
@@ -209,6 +226,14 @@ def check_objects(data: DataSet, demands: Demands) -> Tuple[List[Finding], List[
     return findings, table
 
 
+def check_training(sets: Sequence[DataSet]) -> List[Finding]:
+    """Whether the training sets have any object together."""
+    if not sets or any(len(_objects(data, (1, 1))[0]) or not data.records for data in sets):
+        return []
+    advice = "Training stops with DATALOADER.FILTER_EMPTY_ANNOTATIONS, else it learns nothing."
+    return [Finding("ERROR", "DATASETS.TRAIN has no object to learn", (), advice)]
+
+
 def _objects(data: DataSet, input_size: Tuple[int, int]) -> Tuple[np.ndarray, ...]:
     """Of M objects that training can use: classes, numbers of their images, and the square roots
     of their areas in pixels of the network's input; (M,) each."""
@@ -216,7 +241,8 @@ def _objects(data: DataSet, input_size: Tuple[int, int]) -> Tuple[np.ndarray, ..
     for index, record in enumerate(data.records):
         objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
         image = np.array([record["width"], record["height"]])
-        boxes = np.clip(xyxy_boxes(objects), 0, np.tile(image, 2))
+        boxes = xyxy_boxes(objects)
+        boxes = np.where(np.isfinite(boxes), np.clip(boxes, 0, np.tile(image, 2)), np.nan)
         wh = (boxes[:, 2:] - boxes[:, :2]) * np.array(input_size[::-1]) / np.maximum(image, 1)
         keep = np.flatnonzero((wh > 0).all(1))  # not NaN
         labels += [objects[i]["category_id"] for i in keep]
