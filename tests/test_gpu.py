@@ -121,7 +121,7 @@ def training(cfg, dtype, bad):
     return step
 
 
-@pytest.mark.parametrize("dtype", ["", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 def test_a_step_never_waits_and_masks_its_own_update(tiny_cfg, dtype):
     step = training(tiny_cfg("MODEL.DEVICE", "cuda", "SOLVER.BASE_LR", 1e-4), dtype, bad=6)
     with step.storage:

@@ -68,7 +68,7 @@ class Ours(Contender):
         optimizer = Trainer.build_optimizer(cfg, model)
         amp, late = cfg.SOLVER.AMP, optimizer.defaults.get("fused", False)
         step = TrainingStep(
-            model, loader, optimizer, amp.DTYPE if amp.ENABLED else "", late=bool(late)
+            model, loader, optimizer, amp.DTYPE if amp.ENABLED else None, late=bool(late)
         )
         step.iter, step.storage = 0, EventStorage(0)
 
