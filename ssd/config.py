@@ -300,8 +300,10 @@ _OF_RESNETS = ("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS", "MODEL.FPN")
 
 
 def _is_ssd(name: str) -> bool:
-    known = META_ARCH_REGISTRY
-    return name in known and issubclass(known.get(name), known.get("SSD"))
+    if name not in META_ARCH_REGISTRY:
+        return False
+    found, ssd = map(META_ARCH_REGISTRY.get, (name, "SSD"))
+    return isinstance(found, type) and issubclass(found, ssd)  # or a function
 
 
 def _warn_of_keys_without_effect(cfg: CN) -> None:

@@ -41,7 +41,7 @@ from ssd.data.datasets import check_class_count
 from ssd.data.loader import RunSampler, build_test_loader, build_train_loader, num_images
 from ssd.data.mapper import SSDDatasetMapper, read_image
 from ssd.drawing import draw_instances, write_image
-from ssd.evaluation import build_evaluator, metric_names
+from ssd.evaluation import build_evaluator, check_records, metric_names
 from ssd.hooks import (
     BestCheckpoint,
     EarlyStop,
@@ -127,14 +127,20 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         _check_output_dir(cfg.OUTPUT_DIR)
         for name in ("detectron2", "ssd"):
-            if not logging.getLogger(name).isEnabledFor(logging.INFO):  # not by setup()
+            if (log := logging.getLogger(name)).isEnabledFor(logging.INFO):
+                continue
+            if log.hasHandlers():  # a script's own log
+                log.setLevel(logging.INFO)
+            else:
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
-        _check_solver(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         cfg = scale_learning_rate(cfg)
+        _check_solver(cfg)
         data_loader = self.build_train_loader(cfg)
         for name in cfg.DATASETS.TEST:
             self.build_test_loader(cfg, name)  # what is missing shows before the training
+            if not self._overrides("build_evaluator"):
+                check_records(name)
         cfg = schedule_in_iterations(cfg, num_images(data_loader))
         model = self.build_model(cfg)
         if not (cfg.MODEL.WEIGHTS or all(x.requires_grad for x in model.parameters())):
@@ -280,14 +286,18 @@ class Trainer(DefaultTrainer):
                     "the averaged weights (SOLVER.EMA)"
                 )
         if test.AUG.ENABLED:
-            # not at the end of the training: is there output_folder?
-            inspect.signature(self.build_evaluator).bind(cfg, "", output_folder=None)
+            try:
+                inspect.signature(self.build_evaluator).bind(cfg, "", "")
+            except TypeError:
+                raise TypeError(
+                    "TEST.AUG.ENABLED needs build_evaluator(cfg, dataset_name, output_folder)"
+                ) from None
             ret.append(Evaluation(0, evaluate_with_tta))
         if test.LOSS_PERIOD:
-            if self._overrides("build_test_loader"):
+            if not self._takes_mapper():
                 logger.warning(
-                    "TEST.LOSS_PERIOD reads images by ssd's mapper, not by your build_test_loader; "
-                    "override test_losses to change that"
+                    "TEST.LOSS_PERIOD reads images by ssd's loader: your build_test_loader(cfg, "
+                    "dataset_name) takes no mapper=None"
                 )
             ret.append(Evaluation(test.LOSS_PERIOD, lambda: self.test_losses(cfg, model)))
         if cfg.VIS_PERIOD > 0 and comm.is_main_process():
@@ -323,8 +333,9 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
-        return build_test_loader(cfg, dataset_name)
+    def build_test_loader(cls, cfg, dataset_name, mapper=None):
+        """``mapper``: given for test-time augmentation and validation losses."""
+        return build_test_loader(cfg, dataset_name, mapper)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
@@ -334,6 +345,10 @@ class Trainer(DefaultTrainer):
     def _overrides(cls, name: str) -> bool:
         own, ours = getattr(cls, name), getattr(Trainer, name)
         return getattr(own, "__func__", own) is not getattr(ours, "__func__", ours)
+
+    @classmethod
+    def _takes_mapper(cls) -> bool:
+        return "mapper" in inspect.signature(cls.build_test_loader).parameters
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -356,13 +371,18 @@ class Trainer(DefaultTrainer):
             is_train=False, augmentation=AugmentationList([]), image_format=cfg.INPUT.FORMAT
         )
         build_loader = cls.build_test_loader
-        if not cls._overrides("build_test_loader"):
-            build_loader = functools.partial(build_test_loader, mapper=mapper)
+        if cls._takes_mapper():
+            build_loader = functools.partial(build_loader, mapper=mapper)
+        else:
+            logger.warning(
+                "TEST.AUG takes the images of your build_test_loader(cfg, dataset_name), perhaps "
+                "reduced ones, as it takes no mapper=None"
+            )
         results = {}
         for name in cfg.DATASETS.TEST:
             loader = build_loader(cfg, name)
             folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA", name)
-            evaluator = cls.build_evaluator(cfg, name, output_folder=folder)
+            evaluator = cls.build_evaluator(cfg, name, folder)
             results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
                 logger.info("Results for %s with test-time augmentation:", name)
@@ -382,7 +402,8 @@ class Trainer(DefaultTrainer):
             image_format=cfg.INPUT.FORMAT,
         )
         _share_buffers(model)
-        loaders = {name: build_test_loader(cfg, name, mapper) for name in cfg.DATASETS.TEST}
+        build_loader = (cls if cls._takes_mapper() else Trainer).build_test_loader
+        loaders = {name: build_loader(cfg, name, mapper=mapper) for name in cfg.DATASETS.TEST}
         losses = {name: validation_losses(model, loader) for name, loader in loaders.items()}
         return {"validation": _single(losses)}
 

@@ -37,12 +37,34 @@ def build_evaluator(
     Raises:
         ValueError: for one that doesn't exist.
     """
+    check_records(dataset_name)
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     known = {
         "coco": lambda: COCOBoxEvaluator(dataset_name, folder),
         "voc": lambda: VOCEvaluator(dataset_name),
     }
     return DatasetEvaluators([known[name]() for name in _evaluators(cfg)])
+
+
+def check_records(dataset_name: str) -> None:
+    """Checks what the evaluators read of each image of a data set that isn't in COCO's format.
+
+    Raises:
+        ValueError: an image without ``height``, ``width`` or ``image_id``, or two with the same.
+    """
+    records = DatasetCatalog.get(dataset_name)
+    if MetadataCatalog.get(dataset_name).get("json_file") or not isinstance(records, list):
+        return
+    known = {}
+    for record in records:
+        where = f"data set {dataset_name!r}: {record.get('file_name')}"
+        if missing := [key for key in ("image_id", "height", "width") if key not in record]:
+            raise ValueError(f"{where} has no {', '.join(missing)}, which evaluations need")
+        if (other := known.setdefault(record["image_id"], record)) is not record:
+            raise ValueError(
+                f"{where} and {other.get('file_name')} have the same image_id "
+                f"{record['image_id']!r}; evaluations need different ones"
+            )
 
 
 def metric_names(cfg: CfgNode) -> list[str]:

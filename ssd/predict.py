@@ -36,6 +36,7 @@ __all__ = [
     "image_ids",
     "output_paths",
     "prepare_file",
+    "print_any_name",
     "read_images",
     "save_records",
     "table",
@@ -211,6 +212,12 @@ def output_paths(paths: Sequence[str], output: str) -> Dict[str, str]:
     return result
 
 
+def print_any_name() -> None:
+    """Lets files' names be printed that aren't UTF-8."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in notebooks
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def can_show() -> bool:
     """Whether windows can be shown: without a display OpenCV would end the program."""
     has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -228,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", help="a file or folder for pictures")
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that aren't UTF-8
+    print_any_name()
     paths = find_images(args.images)
     pictures = output_paths(paths, args.output) if args.output else {}
     opts = ["MODEL.SSD.SCORE_THRESH_TEST", args.confidence_threshold]

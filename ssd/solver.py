@@ -102,6 +102,8 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
             logger.warning(
                 "SOLVER.STEPS_EPOCHS and COSINE_STEP have no effect while SOLVER.MAX_EPOCHS is 0"
             )
+        if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+            return cfg
         steps = [x for x in solver.STEPS if x != solver.MAX_ITER]  # of no effect, but an error
         if any(later <= earlier for earlier, later in zip([0, *steps], steps)):
             raise ValueError(f"SOLVER.STEPS must be positive and increase, got {solver.STEPS}")

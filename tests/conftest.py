@@ -50,11 +50,9 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(autouse=True)
 def fresh_loggers():
     """Undoes setup_logger, which writes to closed folders and hides messages from caplog."""
-    loggers = [logging.getLogger(name) for name in ("ssd", "detectron2", "fvcore")]
-    for logger in loggers:
-        logger.setLevel(logging.DEBUG)  # or a Trainer would call it
     yield
-    for logger in loggers:
+    for name in ("ssd", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
     setup_logger.cache_clear()

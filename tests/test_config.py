@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.file_io import PathHandler, PathManager
 
 from ssd.config import add_ssd_config, load_config
 from ssd.modeling import SSD
@@ -184,6 +186,28 @@ def test_keys_of_resnets_have_no_effect_on_other_backbones(repo, caplog):
     assert "loaders: MODEL.BACKBONE.FREEZE_AT, MODEL.RESNETS.DEPTH" in caplog.text
 
 
+def test_any_gpu_is_replaced_where_there_is_none(repo, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = load_config(str(repo / "labs/quickstart/config.yaml"), ["MODEL.DEVICE", "cuda:1"])
+    assert cfg.MODEL.DEVICE == "cpu" and "MODEL.DEVICE is cpu, not cuda:1" in caplog.text
+
+
+def test_files_behind_a_handler(tmp_path):
+    class Handler(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["own://"]
+
+        def _isfile(self, path, **kwargs):
+            return True
+
+        def _open(self, path, mode="r", **kwargs):
+            return open(path.replace("own:/", str(tmp_path)), mode)
+
+    write(tmp_path, "SEED: 5")
+    PathManager.register_handler(Handler(), allow_override=True)
+    assert load_config("own://config.yaml").SEED == 5
+
+
 def test_subclasses_are_ssds_too(repo, caplog, monkeypatch):
     class OwnSSD(SSD):
         pass
@@ -192,4 +216,6 @@ def test_subclasses_are_ssds_too(repo, caplog, monkeypatch):
     opts = ["MODEL.META_ARCHITECTURE", "OwnSSD", "MODEL.MASK_ON", True]
     load_config(str(repo / "labs/quickstart/config.yaml"), opts)
     assert "loaders: MODEL.MASK_ON" in caplog.text
-    load_config("", ["MODEL.META_ARCHITECTURE", "not imported yet"])
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "own_model", lambda cfg: None)
+    for name in ("not imported yet", "own_model"):
+        load_config("", ["MODEL.META_ARCHITECTURE", name])

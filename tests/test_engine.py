@@ -389,24 +389,31 @@ def test_a_static_evaluator_that_a_training_may_not_have(tiny_cfg):
 
     trainer = train(tiny_cfg("SOLVER.MAX_ITER", 1), OwnTrainer)
     assert trainer.iter == 1
-    with pytest.raises(TypeError, match="output_folder"):  # before the training
+    # before the training
+    with pytest.raises(TypeError, match=r"TEST.AUG.ENABLED needs build_evaluator\(.*output_folder"):
         OwnTrainer(tiny_cfg("TEST.AUG.ENABLED", True))
 
 
-def test_a_script_without_loggers_sees_the_training(tiny_cfg, capsys):
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_script_without_loggers_sees_the_training(has_log, tiny_cfg, capsys, caplog, monkeypatch):
     for name in ("detectron2", "ssd"):
         logging.getLogger(name).setLevel(logging.NOTSET)
+    if not has_log:
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
     train(tiny_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1))
-    printed = capsys.readouterr().out
-    assert "Learning rate scaled" in printed and "Starting training from" in printed
+    texts = [caplog.text, capsys.readouterr().out]
+    told = ["Learning rate scaled" in x and "Starting training from" in x for x in texts]
+    assert told == [has_log, not has_log]
 
 
 @pytest.mark.parametrize("key, opts", [
     ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD 0"),
     ("SOLVER.BASE_LR must", "SOLVER.BASE_LR 0.0 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR"),
     ("SOLVER.BASE_LR must", "SOLVER.BASE_LR -1.0 SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"),
+    ("SOLVER.BASE_LR must", "SOLVER.BASE_LR 0.001 SOLVER.REFERENCE_IMS_PER_BATCH 16 "
+     "SOLVER.BASE_LR_END 0.0005 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR"),
     ("SOLVER.WARMUP_FACTOR", "SOLVER.WARMUP_FACTOR -1.0"),
-    ("SOLVER.STEPS must", "SOLVER.STEPS [2,1]"),
+    ("SOLVER.STEPS must", "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR SOLVER.STEPS [2,1]"),
     ("SOLVER.AMP.DTYPE: .* got ''", "SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE ''"),
     ("OUTPUT_DIR must be a folder of this machine, got 's3://a'", "OUTPUT_DIR s3://a"),
     ("TEST.EARLY_STOPPING.PATIENCE", "TEST.EARLY_STOPPING.PATIENCE -1"),

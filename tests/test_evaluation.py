@@ -17,6 +17,7 @@ from trainers import joined
 from ssd import evaluation
 from ssd.config import add_ssd_config
 from ssd.data.datasets import register_datasets
+from ssd.engine import Trainer
 from ssd.evaluation import (
     BoxEval,
     COCOBoxEvaluator,
@@ -408,6 +409,31 @@ def test_build_evaluator(tmp_path):
     for function in (lambda: build_evaluator(cfg, NAME), lambda: metric_names(cfg)):
         with pytest.raises(ValueError, match="TEST.EVALUATORS names 'lvis'.*'coco' and 'voc'"):
             function()
+
+
+@pytest.mark.parametrize("without, message", [
+    ("image_id", "b.jpg has no image_id"),
+    ("width", "b.jpg has no width"),
+    ("", r"b.jpg and a.jpg have the same image_id 7"),
+])  # fmt: skip
+def test_what_evaluations_need_is_missed_at_once(tiny_cfg, register, without, message):
+    cfg = tiny_cfg()
+    record = {"height": 4, "width": 4, "image_id": 7, "annotations": []}
+    records = [{**record, "file_name": x} for x in ("a.jpg", "b.jpg")]
+    records[1].pop(without, None)
+    name = register(records, MetadataCatalog.get("shapes_train").thing_classes)
+    cfg.defrost()
+    cfg.DATASETS.TEST = (name,)
+    for evaluate in (lambda: Trainer(cfg), lambda: build_evaluator(cfg, name)):
+        with pytest.raises(ValueError, match=f"data set '{name}': {message}"):
+            evaluate()
+
+    class OwnTrainer(Trainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            raise NotImplementedError
+
+    OwnTrainer(cfg)
 
 
 @pytest.mark.parametrize("classes", [["cat"], ["cat", "a/b [x]*-é"]])

@@ -12,7 +12,8 @@ from torch import nn
 from ssd import model_zoo
 from ssd.config import load_config
 from ssd.engine import Trainer
-from ssd.inference import CudaGraph, fold_batch_norm, optimize
+from ssd.inference import CudaGraph, fold_batch_norm, fuse_relu, optimize
+from ssd.modeling.blocks import conv_block
 from ssd.modeling.postprocessing import output_transform
 
 LABS = {
@@ -64,6 +65,13 @@ def test_folding_keeps_the_memory_format():
     fold_batch_norm(model)
     weight = model.backbone.bottom_up.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_strided_convolutions_are_fused_with_their_relu_too():
+    settings = {"norm": "", "activation": "ReLU"}
+    model = nn.Sequential(*(conv_block(8, 8, 3, stride=x, **settings) for x in (1, 2)))
+    fuse_relu(model)
+    assert type(model[0]) is type(model[1]) is not Conv2d
 
 
 def test_a_model_without_norm_is_not_copied():

@@ -142,6 +142,33 @@ def test_wrong_keys_are_named(model, tiny_cfg, opts, message):
         SSDWithTTA(tiny_cfg(*opts), model)
 
 
+def test_a_test_loader_of_ones_own_gives_the_images(tiny_cfg, model, caplog):
+    sizes = []
+
+    class Own(Trainer):
+        @classmethod
+        def build_test_loader(cls, cfg, dataset_name):
+            loader = super().build_test_loader(cfg, dataset_name)
+            sizes.append(next(iter(loader))[0]["image"].shape)
+            return loader
+
+    class OwnWithMapper(Trainer):
+        @classmethod
+        def build_test_loader(cls, cfg, dataset_name, mapper=None):
+            loader = super().build_test_loader(cfg, dataset_name, mapper)
+            sizes.append(next(iter(loader))[0]["image"].shape)
+            return loader
+
+    OwnWithMapper.test_with_TTA(tiny_cfg(), model)
+    assert "takes no mapper=None" not in caplog.text
+    OwnWithMapper.test_losses(tiny_cfg(), model)
+    Own.test_with_TTA(tiny_cfg(), model)
+    assert "takes no mapper=None" in caplog.text
+    Own.test_losses(tiny_cfg(), model)  # ssd's own loader
+    full, *reduced = sizes
+    assert min(full[1:]) > 200 and reduced == [(3, 96, 96)] * 2
+
+
 def test_trainer_evaluates_with_it_as_detectron2_names_it(tiny_cfg, model):
     cfg = tiny_cfg("TEST.AUG.CROPS", [2, 1], "TEST.EVALUATORS", ["coco", "voc"])
     model.train()
@@ -158,11 +185,4 @@ def test_trainer_evaluates_with_it_as_detectron2_names_it(tiny_cfg, model):
     assert OwnTrainer.test_with_TTA(cfg, model) == {}
     cfg = tiny_cfg("DATASETS.TEST", ("shapes_val", "shapes_train"))
 
-    class OwnLoader(OwnTrainer):
-        @classmethod
-        def build_test_loader(cls, cfg, dataset_name):
-            raise NotImplementedError("of one's own")
-
-    with pytest.raises(NotImplementedError, match="of one's own"):
-        OwnLoader.test_with_TTA(tiny_cfg(), model)
     assert set(Trainer.test_with_TTA(cfg, model)) == {"shapes_val_TTA", "shapes_train_TTA"}

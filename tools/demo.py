@@ -8,7 +8,6 @@ In a lab::
 """
 
 import argparse
-import contextlib
 import itertools
 import os
 import sys
@@ -29,6 +28,7 @@ from ssd.predict import (
     image_ids,
     output_paths,
     prepare_file,
+    print_any_name,
     read_images,
     save_records,
     to_records,
@@ -99,7 +99,7 @@ def show(picture, milliseconds: int) -> bool:
 
 
 def run_images(args, parser) -> tuple:
-    """Number of images that were read, and their records."""
+    """Number of images that were read, their records, and whether Ctrl-C ended it."""
     paths = find_images(args.input)
     try:
         pictures = output_paths(paths, args.output) if args.output else {}
@@ -110,7 +110,7 @@ def run_images(args, parser) -> tuple:
     ids = image_ids(paths, metadata) if args.save_detections else {}
     count, records = 0, []
     images = read_images(tqdm(paths, unit="image"))
-    with contextlib.suppress(KeyboardInterrupt):  # what has been detected is saved
+    try:
         for path, image, instances in detect(predictor, images, args.batch_size):
             count += 1
             records += to_records(instances, path, ids.get(path), metadata)
@@ -119,16 +119,18 @@ def run_images(args, parser) -> tuple:
             elif not args.save_detections:
                 if not show(draw_instances(image, instances, metadata), 0):
                     break
-    return count, records
+    except KeyboardInterrupt:
+        return count, records, True
+    return count, records, False
 
 
 def run_video(args, parser) -> tuple:
-    """Number of frames that were read, and their records."""
+    """Number of frames that were read, their records, and whether Ctrl-C ended it."""
     source = 0 if args.webcam else args.video_input
     capture = cv2.VideoCapture(source)
     if not capture.isOpened():
         print(f"{'the camera' if args.webcam else source} can't be read", file=sys.stderr)
-        return 0, []
+        return 0, [], False
     path = "webcam.mp4" if args.webcam else args.video_input
     output = args.output
     if output and (os.path.isdir(output) or not os.path.splitext(output)[1]):
@@ -139,7 +141,7 @@ def run_video(args, parser) -> tuple:
     metadata = getattr(predictor, "metadata", Metadata())
     visualizer, writer = VideoVisualizer(metadata), None
     total = 0 if args.webcam else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    count, records = 0, []
+    count, records, interrupted = 0, [], False
     try:
         frames = tqdm(read_frames(capture), unit="frame", total=max(total, 0) or None)
         for number, frame, instances in detect(predictor, frames, args.batch_size):
@@ -156,13 +158,13 @@ def run_video(args, parser) -> tuple:
             if writer is None:
                 writer = open_writer(output, capture.get(cv2.CAP_PROP_FPS), picture.shape)
             writer.write(picture)
-    except KeyboardInterrupt:  # what has been detected is saved
-        pass
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         capture.release()
         if writer is not None:
             writer.release()
-    return count, records
+    return count, records, interrupted
 
 
 def read_frames(capture: cv2.VideoCapture):
@@ -186,7 +188,7 @@ def open_writer(path: str, fps: float, shape) -> cv2.VideoWriter:
 def main(argv=None) -> int:
     parser = get_parser()
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that aren't UTF-8
+    print_any_name()
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.save_detections:
@@ -200,14 +202,16 @@ def main(argv=None) -> int:
         parser.error("no display, or OpenCV without windows: use --output or --save-detections")
     setup_logger(name="ssd")
     run = run_images if args.input else run_video
-    count, records = run(args, parser)
-    if not count:
+    count, records, interrupted = run(args, parser)
+    if interrupted:
+        print("interrupted: what has been detected is saved", file=sys.stderr)
+    elif not count:
         print("nothing could be read", file=sys.stderr)
         return 1
     if args.save_detections:
         save_records(args.save_detections, records)
     print(f"{len(records)} detections in {count} {'images' if args.input else 'frames'}")
-    return 0
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":

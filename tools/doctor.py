@@ -213,7 +213,8 @@ def main():
         parser.error(f"--fix {args.fix} exists; nothing is changed in place: give another name")
     if args.fix and not os.path.isdir(os.path.dirname(args.fix) or "."):
         parser.error(f"--fix {args.fix}: there is no such folder")
-    sys.stdout.reconfigure(errors="backslashreplace")  # for any file name
+    if hasattr(sys.stdout, "reconfigure"):  # not in notebooks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for any file name
 
     report = Report(args.show)
     print("environment")

@@ -186,14 +186,9 @@ def num_images(loader) -> Optional[int]:
 
 
 def build_test_loader(cfg, dataset_name: str, mapper: Optional[Callable] = None):
-    """Detectron2's test loader with our mapper, ``TEST.IMS_PER_BATCH`` images at a time.
-
-    Raises:
-        ValueError: an image without size or ``image_id``, or two of the same.
-    """
+    """Detectron2's test loader with our mapper, ``TEST.IMS_PER_BATCH`` images at a time."""
     with _say_where(f"DATASETS.TEST {dataset_name!r}"):
         dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-    _check_records(dataset_name, dataset)
     loader = build_detection_test_loader(
         dataset,
         mapper=mapper or SSDDatasetMapper(cfg, False),
@@ -203,20 +198,6 @@ def build_test_loader(cfg, dataset_name: str, mapper: Optional[Callable] = None)
     )
     loader.worker_init_fn = _init_worker
     return loader
-
-
-def _check_records(name: str, dataset: List[dict]) -> None:
-    """What evaluators read of each image, so that it isn't missed at the end of a training."""
-    files = {}
-    for record in dataset:
-        where = f"data set {name!r}: {record.get('file_name')}"
-        if missing := [key for key in ("image_id", "height", "width") if key not in record]:
-            raise ValueError(f"{where} has no {', '.join(missing)}, which evaluations need")
-        if (other := files.setdefault(record["image_id"], record)) is not record:
-            raise ValueError(
-                f"{where} and {other.get('file_name')} have the same image_id "
-                f"{record['image_id']!r}; evaluations need different ones"
-            )
 
 
 @contextlib.contextmanager

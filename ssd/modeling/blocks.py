@@ -71,16 +71,16 @@ class StridedConv2d(Conv2d):
     There oneDNN takes the gradient of a depthwise convolution's input by a kernel for dense ones, 8
     to 50 times slower than in float32. So it's taken in float32, without a bias.
 
-    And it leaves a part of the weight's gradient unset if the map is one pixel wide. A second
-    column, of zeros like the padding, changes nothing else if the kernel is odd and the stride 2.
+    And it leaves a part of the weight's gradient unset if the map is narrower than the stride. So
+    under autocast such a map, of a few pixels, is convolved in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        on_cpu = x.device.type == "cpu" and not torch.jit.is_tracing()
-        if on_cpu and self.stride[1] == 2 and x.shape[-1] == 1:
-            x = F.pad(x, (0, self.kernel_size[1] % 2))
-        is_slow = x.requires_grad and x.dtype == torch.bfloat16 and self.groups > 1
-        if not (on_cpu and is_slow and self.bias is None):
+        in_bfloat16 = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        if in_bfloat16 and self.weight.dtype == torch.float32 and x.shape[-1] < self.stride[1]:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float()).to(x.dtype)
+        if not (in_bfloat16 and x.requires_grad and self.groups > 1 and self.bias is None):
             return super().forward(x)
         y = _StridedDepthwise.apply(
             x, self.weight.to(x.dtype), self.stride, self.padding, self.dilation, self.groups

@@ -368,7 +368,13 @@ class SSD(DenseDetector):
                 f"MODEL.SSD.EXTRA_LAYERS: {error}"
             ) from error
         self.backbone.train(training)
-        return [tuple(features[name].shape[-2:]) for name in self.head_in_features]
+        sizes = [tuple(features[name].shape[-2:]) for name in self.head_in_features]
+        if not all(map(min, sizes)):  # torch's meta device allows it
+            raise ValueError(
+                f"MODEL.SSD.INPUT_SIZE {self.input_size} doesn't suit the backbone and "
+                f"MODEL.SSD.EXTRA_LAYERS, which make maps of (height, width) {sizes}"
+            )
+        return sizes
 
 
 def _check_config(cfg) -> None:

@@ -415,6 +415,7 @@ def test_errors_name_the_config_key():
         (lambda: Expand(max_ratio=0.5), "INPUT.EXPAND.MAX_RATIO"),
         (lambda: PhotometricDistortion(contrast=(1.5, 0.5)), "INPUT.PHOTOMETRIC.CONTRAST"),
         (lambda: PhotometricDistortion(contrast=(0, np.inf)), "INPUT.PHOTOMETRIC.CONTRAST"),
+        (lambda: PhotometricDistortion(saturation=(0, np.inf)), "INPUT.PHOTOMETRIC.SATURATION"),
         (lambda: PhotometricDistortion(hue=-1), "INPUT.PHOTOMETRIC"),
         (lambda: PhotometricDistortion(image_format="L"), "INPUT.FORMAT"),
         (lambda: Resize((0, 8)), "MODEL.SSD.INPUT_SIZE"),

@@ -277,19 +277,6 @@ def test_defective_boxes_are_logged_with_file_and_class(tiny_cfg, register, capl
     )
 
 
-@pytest.mark.parametrize("without, message", [
-    ("image_id", "b.jpg has no image_id"),
-    ("width", "b.jpg has no width"),
-    ("", r"b.jpg and a.jpg have the same image_id 7"),
-])  # fmt: skip
-def test_what_evaluations_need_is_missed_at_once(tiny_cfg, register, without, message):
-    record = {"height": 4, "width": 4, "image_id": 7, "annotations": []}
-    records = [{**record, "file_name": x} for x in ("a.jpg", "b.jpg")]
-    records[1].pop(without, None)
-    with pytest.raises(ValueError, match=f"data set 't_.*': {message}"):
-        build_test_loader(tiny_cfg(), register(records, ["cat"]))
-
-
 def test_test_loader_reads_all_images_in_order_without_annotations(tiny_cfg):
     cfg = tiny_cfg("TEST.IMS_PER_BATCH", 3)
     loader = build_test_loader(cfg, "shapes_val")

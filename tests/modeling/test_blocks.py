@@ -230,15 +230,19 @@ def test_bfloat16_gradients_of_a_strided_depthwise_convolution(kernel, padding, 
     torch.testing.assert_close(layer.weight.grad, grads[1], rtol=2**-7, atol=1e-2)
 
 
-@pytest.mark.parametrize("kernel, padding", [(3, 1), (5, 2), (1, 0)])
+@pytest.mark.parametrize("kernel, stride, padding", [
+    (3, 2, 1), (5, 2, 2), (1, 2, 0), (2, 2, 1), (4, 2, 2), (3, 3, 1), (3, 4, 1),
+])  # fmt: skip
 @pytest.mark.parametrize("groups", [1, 64])
 @pytest.mark.parametrize("height", [1, 3])
-def test_bfloat16_gradients_of_a_map_of_one_column(kernel, padding, groups, height):
+def test_bfloat16_gradients_of_a_map_narrower_than_the_stride(
+    kernel, stride, padding, groups, height
+):
     torch.manual_seed(0)
-    layer = conv_block(64, 64, kernel, norm="", groups=groups, stride=2, padding=padding)
-    x = torch.randn(8, 64, height, 1).to(torch.bfloat16, memory_format=torch.channels_last)
+    layer = conv_block(64, 64, kernel, norm="", groups=groups, stride=stride, padding=padding)
+    x = torch.randn(8, 64, height, stride - 1).to(torch.bfloat16, memory_format=torch.channels_last)
     weight = layer.weight.detach().bfloat16().float().requires_grad_()
-    expected = F.conv2d(x.float(), weight, layer.bias, 2, padding, groups=groups)
+    expected = F.conv2d(x.float(), weight, layer.bias, stride, padding, groups=groups)
     upstream = torch.randn(expected.shape)
     expected.backward(upstream)
     # what a gradient that isn't written would hold

@@ -450,6 +450,7 @@ def test_head_that_does_not_fit_the_default_boxes():
         ("INPUT_SIZE", "[96,-96]"),
         ("INPUT_SIZE", "[96]"),
         ("INPUT_SIZE", "[8,8]"),
+        ("INPUT_SIZE", "[128,64]"),  # the last map would be 2x0
         ("TOPK_PER", "box"),
         ("BBOX_REG_CLAMP", "lower"),
         ("MATCHING.BEST", "greedy"),
@@ -459,7 +460,7 @@ def test_head_that_does_not_fit_the_default_boxes():
         ("LOSS.NEGATIVES_WITHOUT_POSITIVES", "-1"),
         ("LOSS.SMOOTH_L1_BETA", "-1.0"),
         ("LOSS.BOX_WEIGHT", "-1.0"),
-        ("MATCHING.IOU_THRESHOLD", "nan"),
+        ("MATCHING.IOU_THRESHOLD", "-1.0"),
         ("SCORE_THRESH_TEST", "2.0"),
         ("NMS_THRESH_TEST", "1.5"),
         ("TOPK_CANDIDATES_TEST", "-1"),
@@ -481,7 +482,7 @@ def test_head_that_does_not_fit_the_default_boxes():
 def test_wrong_value_is_an_error_before_training(key, value):
     extra = ["MODEL.SSD.EXTRA_LAYERS", "[[16,32,3,2,1],[16,32,3,1,0]]"]
     with pytest.raises(ValueError, match=rf"MODEL\.SSD\.{key}"):
-        make_model(f"MODEL.SSD.{key}", value, *(extra if value == "[8,8]" else []))
+        make_model(f"MODEL.SSD.{key}", value, *(extra if key == "INPUT_SIZE" else []))
 
 
 @pytest.mark.parametrize(

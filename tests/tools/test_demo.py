@@ -140,7 +140,7 @@ def test_an_interruption_saves_what_has_been_detected(demo, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(demo.globals, "read_images", interrupted)
-    assert demo("--input", "photos", "--save-detections", "x.json") == 0
+    assert demo("--input", "photos", "--save-detections", "x.json") == 130
     assert {x["file_name"] for x in json.loads(Path("x.json").read_text())} == {"photos/a.jpg"}
 
 

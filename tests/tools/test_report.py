@@ -197,7 +197,11 @@ def older_config(folder):
         (lambda folder: (folder / "metrics.json").unlink(), ["metrics.json is missing"]),
         (
             cut_metrics,
-            ["lines that can't be read and are left out: 1", "total_loss isn't always finite"],
+            [
+                "lines that can't be read and are left out: 1",
+                "total_loss isn't always finite",
+                "has logged no evaluation",
+            ],
         ),
         (lambda folder: (folder / "config.yaml").unlink(), ["config.yaml is missing"]),
         (lambda folder: (folder / "config.yaml").write_text("a: ["), ["config.yaml can't be read"]),
@@ -237,6 +241,9 @@ def test_detections_that_the_training_has_not_made(write_run, write_page):
     _, tree = write_page(folder)
     (note,) = notes(tree)
     assert "are of an earlier one in the folder" in note
+    with open(folder / "metrics.json", "a") as file:
+        file.write('{"iteration": 39, "bbox/AP": NaN}\n')  # without any detection
+    assert notes(write_page(folder)[1]) == []
 
 
 def test_test_time_augmentation_is_an_evaluation_of_its_own(write_run, write_page):
@@ -244,6 +251,11 @@ def test_test_time_augmentation_is_an_evaluation_of_its_own(write_run, write_pag
     shutil.copytree(folder / "inference", folder / "inference_TTA")
     path = folder / "inference_TTA" / "shapes_val" / "coco_instances_results.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:3]))
+    page, tree = write_page(folder, plain)
+    assert "with test-time augmentation" not in page  # an earlier run's
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["TEST"] = {"AUG": {"ENABLED": True}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     page, tree = write_page(folder, plain)
     assert page.count(">Kinds of mistakes (shapes_val)</h2>") == 1
     assert page.count(">Kinds of mistakes (shapes_val, with test-time augmentation)</h2>") == 1

@@ -74,7 +74,7 @@ def read_run(folder: str, threshold: Optional[float] = None) -> Run:
     """
     parts = os.path.normpath(os.path.abspath(folder)).split(os.sep)
     run = Run(folder, parts[-2] if parts[-1] == "output" else parts[-1], {})
-    run.series = _read_metrics(os.path.join(folder, "metrics.json"), run.notes)
+    run.series, logged = _read_metrics(os.path.join(folder, "metrics.json"), run.notes)
     path = os.path.join(folder, "config.yaml")
     try:
         run.settings, names = _read_settings(path)
@@ -99,13 +99,13 @@ def read_run(folder: str, threshold: Optional[float] = None) -> Run:
         try:
             run.evaluations[name] = _evaluate(name, path, threshold, run.notes)
             with_tta = os.path.join(folder, "inference_TTA", name, RESULTS)
-            if os.path.isfile(with_tta):
+            if run.settings.get("TEST.AUG.ENABLED") == "True" and os.path.isfile(with_tta):
                 title = f"{name}, with test-time augmentation"
                 run.evaluations[title] = _evaluate(name, with_tta, threshold, run.notes)
         except Exception as error:  # whatever a data set's own code raises
             run.notes.append(f"{name}: {error}")
-    logs_evaluation = any("bbox/" in key for key in run.series)
-    if run.evaluations and "total_loss" in run.series and not logs_evaluation:
+    logs_evaluation = any("bbox/" in name for name in logged)
+    if run.evaluations and "total_loss" in logged and not logs_evaluation:
         run.notes.append(
             "This training has logged no evaluation: the detections are of an earlier one in the "
             "folder, or of --eval-only."
@@ -113,16 +113,17 @@ def read_run(folder: str, threshold: Optional[float] = None) -> Run:
     return run
 
 
-def _read_metrics(path: str, notes: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By name; without values that aren't finite."""
-    series, not_finite = {}, set()
+def _read_metrics(path: str, notes: list[str]) -> tuple[dict, set[str]]:
+    """Series by name, without values that aren't finite, and all names."""
+    series, not_finite, names = {}, set(), set()
     try:
         records, broken = read_metrics(path)
     except OSError:
         notes.append(f"{path} is missing, so there are no training curves.")
-        return {}
+        return {}, names
     for record in records:
         iteration = record.pop("iteration")
+        names.update(record)
         for name, value in record.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 series.setdefault(name, {})[iteration] = value
@@ -135,7 +136,7 @@ def _read_metrics(path: str, notes: list[str]) -> dict[str, tuple[np.ndarray, np
     return {
         name: tuple(np.array(x, float) for x in zip(*sorted(points.items())))
         for name, points in series.items()
-    }
+    }, names
 
 
 def _read_settings(path: str) -> tuple[dict[str, str], list[str]]:
@@ -222,13 +223,16 @@ def _ground_truth(name: str) -> COCO:
     json_file = MetadataCatalog.get(name).get("json_file")
     coco = COCO()
     if json_file:
-        if not os.path.isfile(json_file):
-            DatasetCatalog.get(name)  # renders it, or says where it is looked for
-        root = MetadataCatalog.get(name).get("image_root", "")
+        paths, root = {}, MetadataCatalog.get(name).get("image_root", "")
+        try:
+            paths = {record["image_id"]: record["file_name"] for record in DatasetCatalog.get(name)}
+        except FileNotFoundError:  # of an image: only the pictures need them
+            if not os.path.isfile(json_file):
+                raise
         with open(json_file, encoding="utf-8") as file:
             coco.dataset = json.load(file)
         for image in coco.dataset["images"]:
-            image["file_name"] = os.path.join(root, image["file_name"])
+            image["file_name"] = paths.get(image["id"]) or os.path.join(root, image["file_name"])
     else:
         coco.dataset = convert_to_coco_dict(name)
     if not coco.dataset.get("annotations"):
