@@ -364,16 +364,16 @@ def test_best_metric_of_an_evaluator_of_ones_own(tiny_cfg):
 
 def test_metrics_of_a_test_of_ones_own_can_be_the_best(tiny_cfg):
     ScriptedTrainer.script = [1.0]
-    train(tiny_cfg("TEST.BEST_METRIC", "bbox/AP50-own", "SOLVER.MAX_ITER", 1), own_metric())
 
-
-def own_metric():
     class OwnTrainer(ScriptedTrainer):
         @classmethod
         def test(cls, cfg, model, evaluators=None):
             return {"bbox": {"AP50-own": super().test(cfg, model)["bbox"]["AP50"]}}
 
-    return OwnTrainer
+    cfg = tiny_cfg("TEST.BEST_METRIC", "bbox/AP50-own", "SOLVER.MAX_ITER", 1)
+    train(cfg, OwnTrainer)
+    with open(f"{cfg.OUTPUT_DIR}/model_best.json") as file:
+        assert json.load(file) == {"metric": "bbox/AP50-own", "value": 1.0, "iteration": 0}
 
 
 def test_a_static_evaluator_that_a_training_may_not_have(tiny_cfg):
