@@ -79,11 +79,9 @@ def write_image(path: str, image: np.ndarray) -> str:
     if os.path.dirname(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     extension = os.path.splitext(path)[1].lower()
-    without_color = (".pbm", ".pgm")
     # OpenCV never gets the name: one that isn't UTF-8 would end the program
-    if not (extension.isascii() and cv2.haveImageWriter(f"x{extension}")) or (
-        extension in without_color
-    ):
+    writable = extension.isascii() and cv2.haveImageWriter(f"x{extension}")
+    if not writable or extension in (".pbm", ".pgm"):  # these are without colour
         path, extension = f"{path}.png", ".png"
     written, data = cv2.imencode(extension, image)
     if not written:

@@ -52,8 +52,10 @@ def check_records(dataset_name: str) -> None:
     Raises:
         ValueError: an image without ``height``, ``width`` or ``image_id``, or two with the same.
     """
+    if MetadataCatalog.get(dataset_name).get("json_file"):
+        return
     records = DatasetCatalog.get(dataset_name)
-    if MetadataCatalog.get(dataset_name).get("json_file") or not isinstance(records, list):
+    if not isinstance(records, list):  # a torch Dataset
         return
     known = {}
     for record in records:

@@ -376,6 +376,23 @@ def test_metrics_of_a_test_of_ones_own_can_be_the_best(tiny_cfg):
         assert json.load(file) == {"metric": "bbox/AP50-own", "value": 1.0, "iteration": 0}
 
 
+def test_a_model_in_a_module_of_ones_own_trains(tiny_cfg):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model(batch)
+
+    class OwnTrainer(Trainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return Wrapper(super().build_model(cfg))
+
+    assert train(tiny_cfg("SOLVER.MAX_ITER", 1), OwnTrainer).iter == 1
+
+
 def test_a_static_evaluator_that_a_training_may_not_have(tiny_cfg):
     """As Detectron2's DefaultTrainer takes it; and hooks without any evaluation."""
 

@@ -165,6 +165,10 @@ def test_a_test_loader_of_ones_own_gives_the_images(tiny_cfg, model, caplog):
     Own.test_with_TTA(tiny_cfg(), model)
     assert "takes no mapper=None" in caplog.text
     Own.test_losses(tiny_cfg(), model)  # ssd's own loader
+    caplog.clear()
+    Own(tiny_cfg("TEST.LOSS_PERIOD", 1))
+    assert "TEST.LOSS_PERIOD reads images by ssd's loader" in caplog.text
+    sizes.pop()
     full, *reduced = sizes
     assert min(full[1:]) > 200 and reduced == [(3, 96, 96)] * 2
 
