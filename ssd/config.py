@@ -359,6 +359,9 @@ def _merge(cfg: CN, merge, source: str) -> None:
         near = difflib.get_close_matches(key, _flat(cfg), n=3, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise KeyError(f"unknown config key {key} in {source}{hint}") from None
+    except ValueError as error:
+        hint = "; a single value is written [value]" if "<class 'tuple'> vs." in str(error) else ""
+        raise ValueError(f"{error}{hint} ({source})") from None
     except RecursionError:
         raise ValueError(f"the _BASE_ of {source} leads back to it") from None
     except (AttributeError, TypeError) as error:  # what YAML gives for it isn't a mapping

@@ -174,7 +174,8 @@ class BoxEval(COCOeval):
 
     A (image, class) with objects is a cell. The detections of all cells that have the same rank
     find their objects at once, for T IoU thresholds and A area ranges. Of equal scores the earlier
-    image and the earlier detection come first; of equal IoUs the later object is taken.
+    image and the earlier detection come first; of equal IoUs the later object is taken. An object
+    with id 0, where some tools' files begin, counts like any other: pycocotools never finds it.
     """
 
     def evaluate(self):
@@ -199,18 +200,17 @@ class BoxEval(COCOeval):
         classes = {category: i for i, category in enumerate(self.params.catIds)}
         rows = [
             (classes[a["category_id"]], images[a["image_id"]], a["score"] if scored else 0,
-             a["area"], bool(a.get("iscrowd")), bool(a["id"]), *a["bbox"])
+             a["area"], bool(a.get("iscrowd")), *a["bbox"])
             for a in coco.dataset["annotations"]
             if a["image_id"] in images and a["category_id"] in classes
         ]  # fmt: skip
-        table = np.array(rows, float).reshape(-1, 10)
+        table = np.array(rows, float).reshape(-1, 9)
         cell = (table[:, 0] * len(images) + table[:, 1]).astype(int)
         order = np.lexsort((-table[:, 2], cell))
         table, cell = table[order], cell[order]
-        crowd, has_id = table[:, 4:6].T.astype(bool)
         return {
             "cell": cell, "class": table[:, 0].astype(int), "score": table[:, 2],
-            "area": table[:, 3], "crowd": crowd, "has_id": has_id, "box": table[:, 6:],
+            "area": table[:, 3], "crowd": table[:, 4].astype(bool), "box": table[:, 5:],
         }  # fmt: skip
 
     def _match(self, truth: dict, found: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -251,13 +251,9 @@ class BoxEval(COCOeval):
             some = able.any(-1)
             free_best = np.take_along_axis(free[:n], best, -1) & ~some[..., None]
             np.put_along_axis(free[:n], best, free_best, -1)
-            # pycocotools marks a find by the object's id: one with id 0 is none
-            has_id = truth["has_id"][index[:n]][:, None, None]
-            has_id, of_ignored = (
-                np.take_along_axis(np.broadcast_to(x, able.shape), best, -1)[..., 0]
-                for x in (has_id, ignore[:n])
-            )
-            hit[det], ignored[det] = some & has_id, some & of_ignored
+            of_ignored = np.broadcast_to(ignore[:n], able.shape)
+            of_ignored = np.take_along_axis(of_ignored, best, -1)[..., 0]
+            hit[det], ignored[det] = some, some & of_ignored
 
     def accumulate(self):
         p = self.params

@@ -25,6 +25,7 @@ from detectron2.data import DatasetCatalog, Metadata
 from detectron2.structures import Instances
 
 from ssd import model_zoo
+from ssd.data.files import IMAGE_EXTENSIONS
 from ssd.data.mapper import read_image
 from ssd.drawing import class_name, draw_instances, write_image
 from ssd.predictor import Predictor
@@ -45,7 +46,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_EXTENSIONS = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 _COLUMNS = ["image_id", "file_name", "category", "score", "x1", "y1", "x2", "y2"]
 
 
@@ -61,7 +61,7 @@ def find_images(inputs: Sequence[str]) -> List[str]:
     for name in map(os.path.expanduser, inputs):
         if os.path.isdir(name):
             found = [os.path.join(name, x) for x in sorted(os.listdir(name))]
-            found = [x for x in found if os.path.splitext(x)[1].lower() in _EXTENSIONS]
+            found = [x for x in found if x.lower().endswith(IMAGE_EXTENSIONS)]
         elif os.path.exists(name) or not glob.has_magic(name):
             found = [name]  # if it isn't there, reading it says so
         else:
@@ -198,7 +198,7 @@ def output_paths(paths: Sequence[str], output: str) -> Dict[str, str]:
     Raises:
         ValueError: several images and one file, or a picture would overwrite one of the images.
     """
-    is_file = os.path.splitext(output)[1].lower() in _EXTENSIONS and not os.path.isdir(output)
+    is_file = output.lower().endswith(IMAGE_EXTENSIONS) and not os.path.isdir(output)
     if is_file and len(paths) > 1:
         raise ValueError(f"--output {output} is a file, but there are {len(paths)} images")
     files = [os.path.abspath(path) for path in paths]

@@ -270,7 +270,7 @@ def test_exploding_loss_stops_a_run(tiny_cfg):
     assert saved(cfg) == {"model_0000000.pth"}
 
 
-def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg):
+def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg, caplog):
     opts = ["TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "bbox/AP50", "SOLVER.CHECKPOINT_PERIOD", 3]
     opts += ["SOLVER.IMS_PER_BATCH", 2]
 
@@ -292,8 +292,10 @@ def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg):
     assert (best["value"], best["iteration"]) == (31.0, 5)
     assert checkpoint(cfg, "model_best.pth")["iteration"] == 5
 
+    assert "holds a training" not in caplog.text
     _, best = run(3, [1.0, 2.0, 0.0], resume=False)  # a new run has no memory
     assert best["value"] == 2.0
+    assert "holds a training (its last checkpoint: model_final.pth)" in caplog.text
     with pytest.raises(FileNotFoundError, match="model_best.json"):
         run(2, [float("nan")] * 2, resume=False)
     _, best = run(3, [float("nan"), 0.5], resume=True)  # nor a resumed one of it

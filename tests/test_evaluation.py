@@ -273,8 +273,17 @@ def test_coco_numbers_in_unusual_cases():
     compare_with_pycocotools(coco, results[:1])
     compare_with_pycocotools(coco, [r for r in results if r["category_id"] == 8])  # no object
     compare_with_pycocotools(coco_of(coco.getImgIds(), [], [1, 8]), results)
-    objects = [dict(a, id=a["id"] - 1) for a in coco.dataset["annotations"]]  # one has id 0
-    compare_with_pycocotools(coco_of(coco.getImgIds(), objects, [1, 3, 7, 8]), results)
+
+
+def test_an_object_with_id_0_counts_like_any_other():
+    coco, results = random_coco(0)
+    expected = compare_with_pycocotools(coco, results).stats
+    objects = [dict(a, id=a["id"] - 1) for a in coco.dataset["annotations"]]
+    coco = coco_of(coco.getImgIds(), objects, [1, 3, 7, 8])
+    fast = BoxEval(coco, coco.loadRes(results), "bbox")
+    for step in (fast.evaluate, fast.accumulate, fast.summarize):
+        step()
+    np.testing.assert_array_equal(fast.stats, expected)
 
 
 def test_of_objects_with_equal_iou_the_later_one_is_taken():

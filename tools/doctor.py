@@ -121,6 +121,8 @@ def check_lab(args, report):
         report.add(*finding)
     for train in filter(known.get, cfg.DATASETS.TRAIN):
         for test in filter(known.get, cfg.DATASETS.TEST):
+            if not (known[train].records and known[test].records):
+                continue
             findings, same = checks.check_leaks(known[train], known[test])
             leaks.setdefault(train, []).extend(same)
             for finding in findings:

@@ -4,7 +4,12 @@ import os
 
 from PIL import Image
 
-__all__ = ["datasets_folder_text", "image_size", "require"]
+__all__ = ["IMAGE_EXTENSIONS", "datasets_folder_text", "image_size", "require"]
+
+# what counts as an image in a folder
+IMAGE_EXTENSIONS = tuple(
+    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
+)
 
 
 def require(path: str, origin: str) -> None:

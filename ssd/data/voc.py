@@ -3,11 +3,12 @@
 import math
 import os
 import xml.etree.ElementTree as ET
+from collections import defaultdict
 from typing import Optional, Sequence
 
 from detectron2.structures import BoxMode
 
-from ssd.data.files import image_size, require
+from ssd.data.files import IMAGE_EXTENSIONS, image_size, require
 
 __all__ = ["read_voc"]
 
@@ -23,7 +24,7 @@ def read_voc(
 
     Args:
         root: holds Annotations/ID.xml, ImageSets/Main/SPLIT.txt (an ID per line), and
-            JPEGImages/ID.jpg, or ID with the extension of <filename>.
+            JPEGImages/ID.jpg, or ID with the extension of <filename>, or the only image ID.*.
         split: the name of the list.
         class_names: in the order of the labels.
         use_difficult: difficult objects get ``iscrowd`` 0 instead of 1.
@@ -43,7 +44,10 @@ def read_voc(
     require(list_file, f"{key}.SPLIT = {split!r}")
     image_folder = os.path.join(root, "JPEGImages")
     require(image_folder, f"{key}.ROOT = {root!r}")
-    images = set(os.listdir(image_folder))
+    images = defaultdict(list)
+    for file in os.listdir(image_folder):
+        if file.lower().endswith(IMAGE_EXTENSIONS):
+            images[os.path.splitext(file)[0]].append(file)
     with open(list_file, encoding="utf-8-sig") as f:
         ids = dict.fromkeys(line.strip() for line in f if line.strip())
     records = []
@@ -54,11 +58,13 @@ def read_voc(
             tree = ET.parse(xml_file)
         except (ET.ParseError, ValueError) as error:  # ValueError: an encoding
             raise ValueError(f"{xml_file} is not valid XML: {error} ({key}.ROOT)") from None
-        image = f"{image_id}.jpg"
-        if image not in images:
+        found, image = images.get(image_id, []), f"{image_id}.jpg"
+        if image not in found:
             image = image_id + os.path.splitext(tree.findtext("filename", ""))[1]
+        if image not in found and len(found) == 1:
+            image = found[0]
         file_name = os.path.join(image_folder, image)
-        if image not in images:
+        if image not in found:
             require(file_name, f"{image_id!r} in {list_file}, {key}.SPLIT")
         sides = [_number(tree.find("size"), side) for side in ("height", "width")]
         if not all(1 <= side < math.inf for side in sides):

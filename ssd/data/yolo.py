@@ -8,14 +8,13 @@ from typing import Sequence
 import yaml
 from detectron2.structures import BoxMode
 
-from ssd.data.files import image_size, require
+from ssd.data.files import IMAGE_EXTENSIONS, image_size, require
 
 __all__ = ["read_class_names", "read_yolo"]
 
 logger = logging.getLogger(__name__)
 
-# what counts as an image in a folder, and where names of classes are looked for
-_IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# where names of classes are looked for
 _CLASS_FILES = ("data.yaml", "classes.txt")
 
 
@@ -80,7 +79,17 @@ def read_yolo(
         require(label_files[0], f"{key}.LABELS; no image has a label file")
     if missing:
         logger.info(f"{images}: {missing} of {len(records)} images have no label file: no objects")
+    if not is_list and (spare := sorted(_label_files_beside(label_files) - set(label_files))):
+        logger.warning(f"{images}: {len(spare)} label files are of no image there: {spare[0]} …")
     return records
+
+
+def _label_files_beside(paths: Sequence[str]) -> set[str]:
+    found = set()
+    for folder in filter(os.path.isdir, {os.path.dirname(path) for path in paths}):
+        names = (x for x in os.listdir(folder) if x.endswith(".txt") and x not in _CLASS_FILES)
+        found.update(os.path.join(folder, name) for name in names)
+    return found
 
 
 def _listed_images(path: str) -> list[str]:
@@ -99,7 +108,7 @@ def _images_in(folder: str) -> list[str]:
                     folders.clear()
                 continue
             seen.add(real)
-            files = [file for file in files if file.lower().endswith(_IMAGE_EXTENSIONS)]
+            files = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
             paths += [os.path.relpath(os.path.join(parent, file), folder) for file in files]
     return sorted(paths)
 
@@ -153,7 +162,8 @@ def read_class_names(root: str, file_name: str, key: str) -> list[str]:
     """Names from ``file_name`` in ``root``, or if it is "" from the first of _CLASS_FILES there."""
     paths = [os.path.join(root, name) for name in ([file_name] if file_name else _CLASS_FILES)]
     path = next(filter(os.path.isfile, paths), paths[-1])
-    require(path, f"{key}.CLASSES, which may be a list of names or a file")
+    others = f", nor does {paths[0]}" if len(paths) > 1 else ""
+    require(path, f"{key}.CLASSES, which may be a list of names or a file{others}")
     with open(path, encoding="utf-8-sig") as f:
         if path.endswith((".yaml", ".yml")):
             try:

@@ -66,6 +66,9 @@ def test_voc_image_of_another_type_and_unknown_size(tmp_path):
     for record in read_voc(str(tmp_path), "train", ["cat"]):
         assert record["file_name"].endswith(".png")
         assert (record["height"], record["width"]) == (30, 40)
+    write_voc(tmp_path, {"c": voc_xml(name="renamed.jpg"), "d": voc_xml(name="d")}, suffix=".PNG")
+    records = read_voc(str(tmp_path), "train", ["cat"])
+    assert [os.path.basename(x["file_name"]) for x in records] == ["c.PNG", "d.PNG"]
 
 
 def test_voc_files_of_windows_and_sizes_that_are_none(tmp_path):

@@ -38,6 +38,7 @@ def test_yolo(tmp_path, caplog):
     records = DatasetCatalog.get("t_yolo")
     assert [r["image_id"] for r in records] == ["a.jpg", "b.png", "sub/c.JPG"]
     assert "images/train: 1 of 3 images have no label file" in caplog.text
+    assert "are of no image" not in caplog.text
     assert records[2]["file_name"] == str(root / "images/train/sub/c.JPG")
     assert all((r["height"], r["width"]) == (30, 40) for r in records)
     assert [len(r["annotations"]) for r in records] == [0, 2, 0]
@@ -83,6 +84,19 @@ def test_yolo_label_files_and_lists(tmp_path):
         records = read_yolo(str(tmp_path / images), labels, ["cat"])
         assert [r["image_id"] for r in records] == image_ids
         assert records[0]["annotations"][0]["bbox"] == [0, 0, 40, 30]
+
+
+def test_yolo_names_labels_without_an_image(tmp_path, caplog):
+    write_yolo(tmp_path, {"a.jpg": [], "sub/b.jpg": ["0 .5 .5 1 1"], "c.jpg": None})
+    for name in ("classes.txt", "sub/photo.heic.txt", "notes.md", "d.txt"):
+        (tmp_path / "labels/train" / name).touch()
+    images = str(tmp_path / "images/train")
+    assert len(read_yolo(images, str(tmp_path / "labels/train"), ["cat"])) == 3
+    assert f"{images}: 2 label files are of no image there: " in caplog.text
+    caplog.clear()
+    (tmp_path / "some.txt").write_text("images/train/a.jpg")
+    assert len(read_yolo(str(tmp_path / "some.txt"), "", ["cat"])) == 1
+    assert "are of no image" not in caplog.text
 
 
 def test_yolo_box_defects_are_dropped_and_logged(tmp_path, caplog):

@@ -115,6 +115,17 @@ def test_size_of_annotation_and_file(lab):
     assert f"000002.jpg: annotated {image['width']}x{image['height']}, the file has {size}" in below
 
 
+def test_images_of_12_bits_in_16(lab):
+    cv2.imwrite(str(lab.image(0)), np.zeros((50, 60), np.uint8))
+    image = np.full((50, 60), 4095, np.uint16)
+    path = lab.image(1).with_suffix(".png")
+    cv2.imwrite(str(path), image)
+    for entry, name in zip(lab.train["images"], (lab.image(0).name, path.name)):
+        entry.update(file_name=name, height=50, width=60)
+    level, below = finding(lab.check(), "files: 2 are nearly black")
+    assert level == "WARNING" and "000001.png: at most 15 of 255" in below
+
+
 def turn(path, orientation):
     with Image.open(path) as image:
         exif = image.getexif()
@@ -224,6 +235,7 @@ def test_box_defects(lab):
     assert re.findall(r"object (\d+) \(\w+\) (\w+)", below) == [
         (str(first), "isn"), (str(first + 1), "has"), (str(first + 2), "lies")
     ]  # fmt: skip
+    assert "the evaluation counts them as missed" in below
     corners = [image["width"] - 5.0, 3.0, image["width"] + 5.0, 13.0]
     assert f"{corners} in {image['width']}x" in finding(text, "boxes: 1 reach beyond")[1]
     twice = f"object {first + 4} .*, as object 0"
@@ -576,11 +588,15 @@ def test_yolo(lab):
     labels = lab.folder / "labels_train/000000.txt"
     sound = labels.read_text()
     labels.write_text(f"0 .5 .5 0 .1\n{sound}")
+    labels.with_name("photo.heic.txt").touch()
     out = lab.folder / "cleaned.json"
     text = lab.check(fix=str(out))
     assert lab.report.counts["ERROR"] == 0
+    level, below = finding(text, "1 label files are of no image there: .*photo.heic.txt")
+    assert level == "WARNING"
     level, below = finding(text, "boxes: 1 without area or outside the image")
     assert level == "WARNING" and "000000.jpg: object 0 (ellipse) has zero width" in below
+    assert "Training leaves them out: correct them" in below
     total = len(lab.train["annotations"])
     assert f"doctor_train (train): 16 images, {total + 1} boxes, {lab.folder / 'train'}" in text
     assert len(json.loads(out.read_text())["annotations"]) == total

@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 
 from dataset_checks.reading import DataSet, Finding, ImageFile, object_key
 from ssd.data.boxes import find_box_defects, xyxy_boxes
@@ -16,6 +17,7 @@ from ssd.data.boxes import find_box_defects, xyxy_boxes
 ALIKE = 0.97  # correlation of two thumbnails
 SMALL = 8  # pixels of the network's input
 FEW = 20  # objects of a class
+DARK = 32  # of 255
 
 
 class _Findings(list):
@@ -27,7 +29,7 @@ class _Findings(list):
 
 def check_files(data: DataSet) -> List[Finding]:
     """Readability, size, EXIF orientation, and copies within the set."""
-    unreadable, sizes, as_stored, unclear, turned = [], [], [], [], 0
+    unreadable, sizes, as_stored, unclear, dark, turned = [], [], [], [], [], 0
     for index, (record, file) in enumerate(zip(data.records, data.files)):
         size, place = (record["height"], record["width"]), data.place(index)
         if file.error:
@@ -39,6 +41,8 @@ def check_files(data: DataSet) -> List[Finding]:
         elif size != file.size:
             as_stored.append(f"{place}: annotated {_wh(size)}, turned {_wh(file.size)}")
         turned += file.orientation > 1
+        if file.brightest < DARK:
+            dark.append(f"{place}: at most {file.brightest} of 255")
     findings = _Findings()
     advice = "Training stops at such a file: replace it or take it out of the annotations."
     findings.add(unreadable, "files: {} can't be read", advice, "ERROR")
@@ -47,6 +51,8 @@ def check_files(data: DataSet) -> List[Finding]:
     if not findings:
         count = len(data.files)
         findings.append(Finding("OK", f"files: all {count} readable and of the annotated size"))
+    advice = "Of 16 bits training takes the upper 8: scale 12-bit images to the whole range."
+    findings.add(dark, "files: {} are nearly black", advice)
     advice = (
         "Training takes them as stored, but viewers and demos turn them: turn the files "
         "(mogrify -auto-orient) and their boxes."
@@ -148,6 +154,8 @@ def check_boxes(data: DataSet) -> List[Finding]:
     lines = find_box_defects(data.records, data.classes)
     defects = [line.replace(data.root + os.sep, "") for line in lines]
     advice = "Training leaves them out: correct them."
+    if MetadataCatalog.get(data.name).get("json_file"):  # whose own objects COCO's numbers are of
+        advice = "Training leaves them out, the evaluation counts them as missed: correct them."
     findings.add(defects, "boxes: {} without area or outside the image", advice)
     advice = "Training clips them to the image, the evaluation doesn't."
     if as_corners > 0.8 * len(beyond):

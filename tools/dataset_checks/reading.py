@@ -1,12 +1,14 @@
 """Reads a data set with its defects, and looks into its files."""
 
+import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -62,6 +64,7 @@ class ImageFile(NamedTuple):
     # what it shows: (256,) grey values without their mean, of length 1; zeros without contrast
     thumbnail: Optional[np.ndarray] = None
     is_tiff: bool = False
+    brightest: int = 255
 
     @property
     def stored_size(self) -> Tuple[int, int]:
@@ -105,7 +108,9 @@ def read_dataset(name: str, entry: dict) -> Tuple[DataSet, List[Finding]]:
     records, classes, root, loads, changes = [], {}, "", False, None
     try:
         if entry.get("FORMAT") in ("voc", "yolo"):  # the catalog leaves out defective boxes
-            root, records = metadata.image_root, read_every_box(name)
+            with _said_by("ssd.data.yolo") as warnings:
+                root, records = metadata.image_root, read_every_box(name)
+            findings += [Finding("WARNING", text) for text in warnings]
         else:
             records = DatasetCatalog.get(name)
         classes, loads, changes = dict(enumerate(metadata.thing_classes, 1)), True, []
@@ -136,6 +141,23 @@ def read_dataset(name: str, entry: dict) -> Tuple[DataSet, List[Finding]]:
     root = root or os.path.dirname(os.path.commonprefix(names)) or "."
     files, ids, classes = [found[n] for n in names], list(classes), list(classes.values())
     return DataSet(name, records, files, classes, root, loads, ids, changes), findings
+
+
+@contextlib.contextmanager
+def _said_by(name: str) -> Iterator[List[str]]:
+    """The warnings of a logger, in the place of its handlers."""
+    messages, log, disabled = [], logging.getLogger(name), logging.root.manager.disable
+
+    def keep(record):
+        messages.append(record.getMessage())
+
+    log.addFilter(keep)  # None: it goes no further
+    logging.disable(logging.INFO)
+    try:
+        yield messages
+    finally:
+        log.removeFilter(keep)
+        logging.disable(disabled)
 
 
 def read_coco(
@@ -287,6 +309,8 @@ def scan_file(name: str) -> ImageFile:
             with Image.open(io.BytesIO(data)) as image:
                 orientation, is_tiff = image.getexif().get(0x0112), image.format == "TIFF"
                 whole = image.format != "JPEG" or data.endswith(b"\xff\xd9")
+                # which Pillow and not every OpenCV turn
+                whole &= orientation in (None, 1) or image.format in ("JPEG", "PNG", "TIFF")
             height, width = image_size(io.BytesIO(data))
         except Exception:  # Pillow raises anything for a broken file
             whole, orientation, is_tiff = False, 1, False
@@ -302,7 +326,8 @@ def scan_file(name: str) -> ImageFile:
     except (OSError, ValueError, cv2.error) as error:
         return ImageFile(str(error))
     digest = hashlib.sha256(data).digest()
-    return ImageFile("", (height, width), orientation, digest, _thumbnail(grey), is_tiff)
+    thumbnail, brightest = _thumbnail(grey), int(grey.max())
+    return ImageFile("", (height, width), orientation, digest, thumbnail, is_tiff, brightest)
 
 
 def _thumbnail(grey: np.ndarray) -> np.ndarray:
