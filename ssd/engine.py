@@ -127,9 +127,10 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         _check_output_dir(cfg.OUTPUT_DIR)
         for name in ("detectron2", "ssd"):
-            if (log := logging.getLogger(name)).isEnabledFor(logging.INFO):
-                continue
-            if log.hasHandlers():  # a script's own log
+            log = logging.getLogger(name)
+            if log.level != logging.NOTSET or log.isEnabledFor(logging.INFO):
+                continue  # a script has set it up
+            if log.hasHandlers():
                 log.setLevel(logging.INFO)
             else:
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
@@ -139,8 +140,8 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         for name in cfg.DATASETS.TEST:
             self.build_test_loader(cfg, name)  # what is missing shows before the training
-            if not self._overrides("build_evaluator"):
-                check_records(name)
+            if not (self._overrides("build_evaluator") or self._overrides("test")):
+                check_records(name, cfg.TEST.EVALUATORS)
         cfg = schedule_in_iterations(cfg, num_images(data_loader))
         model = self.build_model(cfg)
         if not (cfg.MODEL.WEIGHTS or all(x.requires_grad for x in model.parameters())):

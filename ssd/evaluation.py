@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import os
-from typing import Optional
+from typing import Optional, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -37,7 +37,7 @@ def build_evaluator(
     Raises:
         ValueError: for one that doesn't exist.
     """
-    check_records(dataset_name)
+    check_records(dataset_name, _evaluators(cfg))
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     known = {
         "coco": lambda: COCOBoxEvaluator(dataset_name, folder),
@@ -46,21 +46,22 @@ def build_evaluator(
     return DatasetEvaluators([known[name]() for name in _evaluators(cfg)])
 
 
-def check_records(dataset_name: str) -> None:
-    """Checks what the evaluators read of each image of a data set that isn't in COCO's format.
+def check_records(dataset_name: str, evaluators: Sequence[str]) -> None:
+    """Checks what these evaluators read of each image of a data set that isn't in COCO's format.
 
     Raises:
         ValueError: an image without ``height``, ``width`` or ``image_id``, or two with the same.
     """
-    if MetadataCatalog.get(dataset_name).get("json_file"):
+    if not evaluators or MetadataCatalog.get(dataset_name).get("json_file"):
         return
+    needed = ("image_id", "height", "width") if "coco" in evaluators else ("image_id",)
     records = DatasetCatalog.get(dataset_name)
     if not isinstance(records, list):  # a torch Dataset
         return
     known = {}
     for record in records:
         where = f"data set {dataset_name!r}: {record.get('file_name')}"
-        if missing := [key for key in ("image_id", "height", "width") if key not in record]:
+        if missing := [key for key in needed if key not in record]:
             raise ValueError(f"{where} has no {', '.join(missing)}, which evaluations need")
         if (other := known.setdefault(record["image_id"], record)) is not record:
             raise ValueError(

@@ -425,6 +425,13 @@ def test_a_script_without_loggers_sees_the_training(has_log, tiny_cfg, capsys, c
     assert told == [has_log, not has_log]
 
 
+def test_a_script_keeps_its_log_levels(tiny_cfg, capsys, caplog):
+    for name in ("detectron2", "ssd"):
+        caplog.set_level("ERROR", name)
+    Trainer(tiny_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", 2))
+    assert not caplog.text and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key, opts", [
     ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD 0"),
     ("SOLVER.BASE_LR must", "SOLVER.BASE_LR 0.0 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR"),

@@ -437,12 +437,14 @@ def test_what_evaluations_need_is_missed_at_once(tiny_cfg, register, without, me
         with pytest.raises(ValueError, match=f"data set '{name}': {message}"):
             evaluate()
 
-    class OwnTrainer(Trainer):
-        @classmethod
-        def build_evaluator(cls, cfg, dataset_name):
-            raise NotImplementedError
-
-    OwnTrainer(cfg)
+    for method in ("build_evaluator", "test"):
+        type("OwnTrainer", (Trainer,), {method: classmethod(NotImplementedError)})(cfg)
+    if without != "image_id":
+        cfg.TEST.EVALUATORS = []
+        Trainer(cfg)
+    if without == "width":
+        cfg.TEST.EVALUATORS, records[1]["image_id"] = ["voc"], 8
+        Trainer(cfg)
 
 
 @pytest.mark.parametrize("classes", [["cat"], ["cat", "a/b [x]*-é"]])

@@ -203,11 +203,11 @@ def main(argv=None) -> int:
     setup_logger(name="ssd")
     run = run_images if args.input else run_video
     count, records, interrupted = run(args, parser)
+    if not count:
+        print("interrupted" if interrupted else "nothing could be read", file=sys.stderr)
+        return 130 if interrupted else 1
     if interrupted:
         print("interrupted: what has been detected is saved", file=sys.stderr)
-    elif not count:
-        print("nothing could be read", file=sys.stderr)
-        return 1
     if args.save_detections:
         save_records(args.save_detections, records)
     print(f"{len(records)} detections in {count} {'images' if args.input else 'frames'}")

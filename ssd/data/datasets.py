@@ -117,7 +117,9 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
                 )
             classes = list(metadata.thing_classes)
             where = f"MetadataCatalog.get({name!r}).thing_classes"
-            if name in _registered:
+            if metadata.get("json_file"):
+                where = f"the categories of {metadata.json_file}"
+            elif name in _registered:
                 where = f"DATASETS.REGISTER.{name}.CLASSES"
             if len(classes) != cfg.MODEL.SSD.NUM_CLASSES:
                 raise ValueError(

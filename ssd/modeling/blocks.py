@@ -76,10 +76,12 @@ class StridedConv2d(Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        in_bfloat16 = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        if in_bfloat16 and self.weight.dtype == torch.float32 and x.shape[-1] < self.stride[1]:
+        on_cpu = x.device.type == "cpu"
+        # autocast may make bfloat16 of a float32 x, too
+        if on_cpu and self.weight.dtype == torch.float32 and x.shape[-1] < self.stride[1]:
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float()).to(x.dtype)
+        in_bfloat16 = on_cpu and x.dtype == torch.bfloat16
         if not (in_bfloat16 and x.requires_grad and self.groups > 1 and self.bias is None):
             return super().forward(x)
         y = _StridedDepthwise.apply(

@@ -102,7 +102,17 @@ class SSD(DenseDetector):
         self.channels_last = channels_last
         self.to(memory_format=self.memory_format)
 
-        boxes = default_box_generator.per_level(self._feature_map_sizes())
+        map_sizes = self._feature_map_sizes()
+        boxes = default_box_generator.per_level(map_sizes)
+        middle = torch.tensor(self.input_size[::-1]) / 2
+        for level, (map_size, level_boxes) in enumerate(zip(map_sizes, boxes)):
+            center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
+            if ((center / middle - 1).abs() > 0.1).any():  # in SSD300 up to 0.07
+                raise ValueError(
+                    f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {map_size[0]} rows "
+                    f"and {map_size[1]} columns, around (x, y) {center.tolist()} in an input of "
+                    f"(height, width) {self.input_size}; STEPS [] takes what fits"
+                )
         self.boxes_per_level = [len(level) for level in boxes]
         self.register_buffer("default_boxes", torch.cat(boxes), persistent=False)
         if topk_per == "level":

@@ -206,7 +206,8 @@ def test_a_backbone_alone_is_no_detector_but_becomes_ours(tmp_path):
 @pytest.mark.parametrize("opts, reason", [
     ("MODEL.SSD.L2_NORM_FEATURES []", "has L2Norm on conv4_3"),
     ("MODEL.SSD.IN_FEATURES ['conv4_3','conv5_3','fc7'] "
-     "MODEL.SSD.EXTRA_LAYERS [[256,512,3,2,1],[128,256,3,2,1],[128,256,3,1,0]]",
+     "MODEL.SSD.EXTRA_LAYERS [[256,512,3,2,1],[128,256,3,2,1],[128,256,3,1,0]] "
+     "MODEL.SSD.DEFAULT_BOXES.STEPS []",
      "predicts from conv4_3, fc7 and the extra layers: 5 levels, not 6"),
 ])  # fmt: skip
 def test_a_vgg_with_other_maps_is_refused(format, opts, reason):

@@ -235,12 +235,13 @@ def test_bfloat16_gradients_of_a_strided_depthwise_convolution(kernel, padding, 
 ])  # fmt: skip
 @pytest.mark.parametrize("groups", [1, 64])
 @pytest.mark.parametrize("height", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # LayerNorm's is the latter
 def test_bfloat16_gradients_of_a_map_narrower_than_the_stride(
-    kernel, stride, padding, groups, height
+    kernel, stride, padding, groups, height, dtype
 ):
     torch.manual_seed(0)
     layer = conv_block(64, 64, kernel, norm="", groups=groups, stride=stride, padding=padding)
-    x = torch.randn(8, 64, height, stride - 1).to(torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(8, 64, height, stride - 1).to(dtype, memory_format=torch.channels_last)
     weight = layer.weight.detach().bfloat16().float().requires_grad_()
     expected = F.conv2d(x.float(), weight, layer.bias, stride, padding, groups=groups)
     upstream = torch.randn(expected.shape)
@@ -250,6 +251,6 @@ def test_bfloat16_gradients_of_a_map_narrower_than_the_stride(
     del unset
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x.requires_grad_())
-    output.backward(upstream.bfloat16())
+    output.backward(upstream.to(dtype))
     torch.testing.assert_close(output.float(), expected, rtol=2**-6, atol=2e-2)
     torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=2**-6, atol=5e-2)

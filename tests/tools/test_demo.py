@@ -141,7 +141,16 @@ def test_an_interruption_saves_what_has_been_detected(demo, monkeypatch):
 
     monkeypatch.setitem(demo.globals, "read_images", interrupted)
     assert demo("--input", "photos", "--save-detections", "x.json") == 130
-    assert {x["file_name"] for x in json.loads(Path("x.json").read_text())} == {"photos/a.jpg"}
+    before = Path("x.json").read_text()
+    assert {x["file_name"] for x in json.loads(before)} == {"photos/a.jpg"}
+
+    def interrupted_at_once(paths):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setitem(demo.globals, "read_images", interrupted_at_once)
+    assert demo("--input", "photos", "--save-detections", "x.json") == 130
+    assert Path("x.json").read_text() == before
 
 
 def test_nothing_readable_is_a_failure(demo, capsys):

@@ -309,6 +309,17 @@ def test_broken_coco_annotations(lab, change, level, text, place):
     assert ("can't be loaded" in printed) == (level == "ERROR")
 
 
+def test_an_image_listed_twice(lab):
+    lab.train["images"].append(dict(lab.train["images"][3]))
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))
+    assert lab.report.counts["ERROR"] == 0
+    assert "000003.jpg" in finding(text, "1 images that are listed twice")[1]
+    content = json.loads(out.read_text())
+    counts = [len(content[key]) for key in ("images", "annotations")]
+    assert counts == [len(lab.train["images"]) - 1, len(lab.train["annotations"])]
+
+
 def test_broken_coco_images_and_files(lab):
     del lab.train["images"][0]["width"]
     lab.train["images"][1]["id"] = 3
@@ -428,23 +439,24 @@ def test_fix_says_what_the_reader_left_out(lab):
 
 
 def test_fix_keeps_areas_and_categories(lab):
-    """A mask's area goes with its box; it is the box's where that was clipped or there is none."""
+    """A mask's area goes with its box; it is the box's where there is none, and never more than that
+    of a clipped box."""
     for part, key in ((lab.train["categories"], "id"), (lab.train["annotations"], "category_id")):
         for entry in part:
             entry[key] *= 10
-    plain, scaled, clipped, wrong = (lab.objects(number)[0] for number in range(4))
-    for annotation in (plain, scaled, clipped):
+    plain, scaled, clipped, mask, wrong = (lab.objects(number)[0] for number in range(5))
+    for annotation in (plain, scaled, mask):
         annotation["area"] = 12.5
-    wrong["area"] = float("nan")
+    clipped["area"], wrong["area"] = 200, float("nan")
     for side in ("height", "width"):
         lab.train["images"][1][side] *= 2
-    clipped["bbox"] = [-3, 2, 10, 20]
+    clipped["bbox"] = mask["bbox"] = [-3, 2, 10, 20]
     out = lab.folder / "cleaned.json"
     lab.check(fix=str(out))
     content = json.loads(out.read_text())
     areas = {a["id"]: a["area"] for a in content["annotations"]}
-    expected = [12.5, 12.5 / 4, 7 * 20, wrong["bbox"][2] * wrong["bbox"][3]]
-    assert [areas[a["id"]] for a in (plain, scaled, clipped, wrong)] == expected
+    expected = [12.5, 12.5 / 4, 7 * 20, 12.5, wrong["bbox"][2] * wrong["bbox"][3]]
+    assert [areas[a["id"]] for a in (plain, scaled, clipped, mask, wrong)] == expected
     assert content["categories"] == lab.train["categories"]
     labels = [a["category_id"] for a in content["annotations"]]
     assert labels == [a["category_id"] for a in lab.train["annotations"]]

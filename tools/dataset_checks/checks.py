@@ -268,7 +268,7 @@ def _check_classes(names: Sequence[str], objects: np.ndarray) -> _Findings:
     few = [f"{name}: {count}" for name, count in counts if 0 < count < FEW]
     findings.add(few, f"classes: {{}} with fewer than {FEW} objects", "Annotate more of them.")
     rare = [f"{name}: {n}" for name, n in counts if n >= FEW and 100 * n < objects.max()]
-    advice = "Annotate more of them, or list their images several times."
+    advice = "Annotate more of them, or name a set of their images besides in DATASETS.TRAIN."
     findings.add(rare, "classes: {} of under 1 % of the most frequent one's objects", advice)
     if not findings:
         text = f"classes: {len(names)}, of {objects.min()} to {objects.max()} objects"

@@ -102,10 +102,10 @@ def _clean_boxes(
             seen.add(key)
             x, y, w, h = *box[:2].tolist(), *(box[2:] - box[:2]).tolist()
             area = annotation.get("area")  # of a mask, by which COCO's AP tells small from large
-            if (old != box).any():
-                changes.append(f"{place}: object {n} clipped from {old.round(2).tolist()}")
-                area = None
             valid = isinstance(area, (int, float)) and 0 < area < math.inf
             area = area * fit.scale[0] * fit.scale[1] if valid else w * h
+            if (old != box).any():
+                changes.append(f"{place}: object {n} clipped from {old.round(2).tolist()}")
+                area = min(area, w * h)
             ids = {"category_id": annotation["category_id"], "iscrowd": key[1]}
             yield {"bbox": [x, y, w, h], "area": area, **ids}

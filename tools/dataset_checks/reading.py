@@ -200,6 +200,7 @@ def read_coco(
     _read_annotations(annotations, records, labels, root, problems)
     harmless = {
         "annotations of unknown images": "They are ignored.",
+        "images that are listed twice": "They count once.",
         "annotations whose segmentation is no polygon": "Detectron2 leaves these objects out.",
     }
     findings, changes = [], []
@@ -222,7 +223,8 @@ def _read_images(
 ) -> Dict[int, Optional[dict]]:
     """The records by image id. None: several images have it, and no one knows whose objects are
     its annotations."""
-    counts = Counter(image.get("id") for image in images)
+    rows = {(image.get("id"), image.get("file_name")): image for image in images}
+    counts = Counter(number for number, _ in rows)
     records = {}
     for image in images:
         name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
@@ -231,6 +233,8 @@ def _read_images(
         elif counts[image["id"]] > 1:
             problems["images with the id of another"].append(f"{name}: id {image['id']}")
             records[image["id"]] = None
+        elif image["id"] in records:
+            problems["images that are listed twice"].append(f"{name}: id {image['id']}")
         else:
             if any(side and not isinstance(side, (int, float)) for side in sides):
                 problems["images whose height or width is no number"].append(name)
