@@ -184,8 +184,9 @@ class Trainer(DefaultTrainer):
         if not resume and comm.is_main_process() and holds_training(folder):
             last = os.path.basename(self.checkpointer.get_checkpoint_file()) or "none"
             logger.warning(
-                f"{folder} holds a training (its last checkpoint: {last}), whose files this one writes "
-                "over. To go on with that one, stop now and add --resume; to keep both, set OUTPUT_DIR"
+                f"{folder} holds a training (its last checkpoint: {last}), whose files this one "
+                "writes over. To go on with that one, stop now and add --resume; to keep both, set "
+                "OUTPUT_DIR"
             )
         base_lrs = list(getattr(self.scheduler, "base_lrs", []))  # not all of torch's have them
         super().resume_or_load(resume)

@@ -4,8 +4,9 @@ import copy
 import functools
 import logging
 import threading
+import warnings
 import weakref
-from typing import Callable, Iterator, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -78,7 +79,8 @@ class CudaGraph:
     """A function of CUDA tensors, as one launch per call instead of one per operation.
 
     For each combination of shapes the first call records a graph. Results stay valid until the next
-    call. What can't be recorded runs as it is, and the log says why.
+    call. What can't be recorded runs as it is, and the log says why. Graphs share memory, where
+    smaller batches have room: the first of a larger batch releases all before. Copies record anew.
 
     Attributes:
         turn: a lock that threads hold from a call until they have used its results.
@@ -88,10 +90,20 @@ class CudaGraph:
 
     def __init__(self, function: Callable[..., Tuple[Tensor, ...]]):
         self._function = function
-        self._graphs = {}
-        self._pool = self._stream = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graphs, self._largest, self._pool, self._stream = {}, 0, None, None
+
+    def __getstate__(self) -> Dict:
+        return {"_function": self._function}
+
+    def __setstate__(self, state: Dict) -> None:
+        self.__init__(state["_function"])
 
     def __call__(self, *args: Tensor) -> Tuple[Tensor, ...]:
+        if not args[0].is_cuda:  # the model has been moved
+            return self._function(*args)
         # a graph's inputs are written again in later calls, which torch.inference_mode's can't be
         with torch.cuda.device(args[0].device), torch.inference_mode(False), torch.no_grad():
             return self._replay(args)
@@ -99,7 +111,11 @@ class CudaGraph:
     def _replay(self, args: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
         key = tuple((x.shape, x.dtype) for x in args)
         if key not in self._graphs:
-            stream = torch.cuda.current_stream()
+            stream, size = torch.cuda.current_stream(), args[0].numel()
+            if size > self._largest:
+                self._forget()
+                torch.cuda.empty_cache()
+                self._largest = size
             try:
                 self._graphs[key] = self._record(args)
             except RuntimeError as error:
@@ -119,8 +135,9 @@ class CudaGraph:
         stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # what is chosen, compiled or allocated at the first runs
+            for _ in range(2):  # what is chosen, compiled or allocated at the first runs
                 self._function(*inputs)
+            self._check_that_nothing_waits(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # other threads (a loader's, the compiler's) may allocate meanwhile
@@ -130,6 +147,19 @@ class CudaGraph:
             outputs = self._function(*inputs)
         self._pool = graph.pool()
         return graph, inputs, outputs
+
+    def _check_that_nothing_waits(self, inputs: List[Tensor]) -> None:
+        """Before the recording: one that fails breaks torch's generators and allocator."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._function(*inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        if any("called a synchronizing" in str(x.message) for x in caught):
+            raise RuntimeError("it waits for the GPU")
 
 
 def fold_batch_norm(model: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """What only a GPU can show; skipped without one."""
 
+import copy
+import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,6 +63,34 @@ def test_a_graph_serves_all_modes_on_any_device(device):
         with mode():
             assert torch.equal(graph(x)[0], x * 2)
     assert all(graph._graphs.values())
+
+
+@torch.no_grad()
+def test_graphs_of_many_sizes_need_the_memory_of_the_largest(model):
+    cfg, slow = model
+    used = []
+    for sizes in ([8], range(1, 9)):
+        fast, before = optimize(slow, cfg), torch.cuda.memory_reserved()
+        for size in sizes:
+            fast(images(*[(96, 96)] * size))
+        used.append(torch.cuda.memory_reserved() - before)
+        del fast
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert used[1] < 2 * used[0]
+
+
+@torch.no_grad()
+def test_a_used_model_can_be_optimised_copied_and_moved(model):
+    cfg, slow = model
+    fast, inputs = optimize(slow, cfg), images((96, 96))
+    expected = fast(inputs)[0]["instances"]
+    for other in (optimize(fast, cfg), copy.deepcopy(fast)):
+        found = other(inputs)[0]["instances"]
+        assert isinstance(other.infer, CudaGraph) and all(other.infer._graphs.values())
+        assert torch.equal(found.scores, expected.scores)
+    del found, other
+    assert len(fast.cpu()(inputs)[0]["instances"]) == len(expected)
 
 
 def test_threads_that_share_a_graph_get_their_own_detections(model):
@@ -169,5 +199,6 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     for values in ([1.0, -1.0, 2.0], [-1.0, -1.0, 3.0]):
         x = torch.tensor(values, device="cuda")
         assert torch.equal(graph(x)[0], x[x > 0])
-    assert "TEST.CUDA_GRAPH isn't used" in caplog.text
+    assert "TEST.CUDA_GRAPH isn't used" in caplog.text and "waits for the GPU" in caplog.text
+    torch.rand(1, device="cuda")  # a failed recording would break its generator
     assert torch.cuda.current_stream() == torch.cuda.default_stream()

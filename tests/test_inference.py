@@ -1,5 +1,8 @@
 """What inference does to a model changes its speed, not its results."""
 
+import copy
+import pickle
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -124,6 +127,14 @@ class SharedResults:
             shared.copy_(x)
             time.sleep(1e-3)  # another thread's turn, if there were no lock
         return self._results
+
+
+def test_a_graph_that_is_copied_or_has_left_the_gpu():
+    graph = CudaGraph(torch.sin)
+    graph._graphs["recorded"] = threading.RLock()  # which can't be copied either
+    for other in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph)), graph):
+        x = torch.rand(3)
+        assert torch.equal(other(x), x.sin()) and (other is graph or other._graphs == {})
 
 
 def test_threads_that_share_a_graph_get_their_own_detections(tiny_cfg):

@@ -340,17 +340,16 @@ def detect(
                 scores, deltas, default_boxes, image_size, output, attempt=attempt, **settings
             )
         *found, status = first
+        for i, boxes, score, cls in zip(todo, *(x.unbind() for x in found)):
+            results[i] = Instances(tuple(image_size if output_sizes is None else output_sizes[i]))
+            # all of one length: checking each field takes longer than all the rest here
+            results[i].get_fields().update(pred_boxes=Boxes(boxes), scores=score, pred_classes=cls)
         unfinished, status = [], status.tolist()  # here the host waits for a GPU
-        for row, (i, boxes, score, cls, (n, complete)) in enumerate(zip(todo, *found, status)):
+        for row, (i, (n, complete)) in enumerate(zip(todo, status)):
             if complete:
-                size = tuple(image_size if output_sizes is None else output_sizes[i])
-                if n < len(cls):
-                    boxes, score, cls = boxes[:n], score[:n], cls[:n]
-                results[i] = Instances(size)
-                # all of one length: checking each field takes longer than all the rest here
-                results[i].get_fields().update(
-                    pred_boxes=Boxes(boxes), scores=score, pred_classes=cls
-                )
+                fields = results[i].get_fields()
+                if n < len(fields["scores"]):
+                    fields.update({name: x[:n] for name, x in fields.items()})
             else:
                 unfinished.append(row)
         todo, attempt = [todo[row] for row in unfinished], attempt + 1

@@ -109,9 +109,9 @@ class SSD(DenseDetector):
             center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
             if ((center / middle - 1).abs() > 0.1).any():  # in SSD300 up to 0.07
                 raise ValueError(
-                    f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {map_size[0]} rows "
-                    f"and {map_size[1]} columns, around (x, y) {center.tolist()} in an input of "
-                    f"(height, width) {self.input_size}; STEPS [] takes what fits"
+                    f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {map_size[0]} "
+                    f"rows and {map_size[1]} columns, around x and y {center.tolist()} in an input "
+                    f"of (height, width) {self.input_size}; STEPS [] takes what fits"
                 )
         self.boxes_per_level = [len(level) for level in boxes]
         self.register_buffer("default_boxes", torch.cat(boxes), persistent=False)
@@ -244,10 +244,13 @@ class SSD(DenseDetector):
 
     def _stack(self, images: List[Tensor]) -> Tensor:
         """A batch on the model's device, copied from memory that a GPU reads without waiting."""
+        batch = _as_one(images)
         if images[0].is_cuda or self.device.type != "cuda":
-            return torch.stack(images).to(self.device)
+            return (torch.stack(images) if batch is None else batch).to(self.device)
         if images[0].is_pinned():  # by the loader
-            return torch.stack([x.to(self.device, non_blocking=True) for x in images])
+            if batch is None:
+                return torch.stack([x.to(self.device, non_blocking=True) for x in images])
+            return batch.to(self.device, non_blocking=True)
         pinned = images[0].new_empty((len(images), *images[0].shape), pin_memory=True)
         return torch.stack(images, out=pinned).to(self.device, non_blocking=True)
 
@@ -385,6 +388,20 @@ class SSD(DenseDetector):
                 f"MODEL.SSD.EXTRA_LAYERS, which make maps of (height, width) {sizes}"
             )
         return sizes
+
+
+def _as_one(images: Sequence[Tensor]) -> Optional[Tensor]:
+    """The batch, without a copy, of images that lie one behind the other in one memory, as those
+    that come from a loader's worker; None for others."""
+    first, memory = images[0], images[0].untyped_storage()
+    start, size = first.data_ptr(), first.numel() * first.element_size()
+    if start + len(images) * size > memory.data_ptr() + memory.nbytes():
+        return None
+    if not all(
+        x.is_contiguous() and x.data_ptr() == start + i * size for i, x in enumerate(images)
+    ):
+        return None
+    return first.as_strided((len(images), *first.shape), (first.numel(), *first.stride()))
 
 
 def _check_config(cfg) -> None:

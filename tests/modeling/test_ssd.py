@@ -83,6 +83,22 @@ def batch(last_class=2):
     ]  # fmt: skip
 
 
+def test_images_of_one_memory_are_a_batch_without_a_copy():
+    model = make_model()
+    memory = torch.arange(4 * 3 * 6 * 5, dtype=torch.uint8).view(4, 3, 6, 5)
+    for images in (list(memory), list(memory[1:3]), [memory[2]]):
+        found = model._stack(images)
+        assert torch.equal(found, torch.stack(images)) and found.data_ptr() == images[0].data_ptr()
+    others = torch.zeros(3, 6, 5, dtype=torch.uint8)
+    for images in (
+        [memory[1], memory[0]], [memory[0], memory[2]], [memory[0], memory[0]], [memory[3], others],
+        list(memory.transpose(2, 3)), list(memory[:, :, :, ::2]),
+        list(memory.transpose(0, 1)),
+    ):  # fmt: skip
+        found = model._stack(images)
+        assert torch.equal(found, torch.stack(images)) and found.data_ptr() != images[0].data_ptr()
+
+
 @pytest.mark.parametrize("base", ["ssd300_vgg16", "ssdlite_mobilenetv2"])
 @pytest.mark.parametrize("num_classes", [1, 3, 80])
 def test_training_step_of_any_number_of_classes(base, num_classes):

@@ -439,8 +439,8 @@ def test_fix_says_what_the_reader_left_out(lab):
 
 
 def test_fix_keeps_areas_and_categories(lab):
-    """A mask's area goes with its box; it is the box's where there is none, and never more than that
-    of a clipped box."""
+    """A mask's area goes with its box, but isn't larger than a clipped one; without it it's the
+    box's."""
     for part, key in ((lab.train["categories"], "id"), (lab.train["annotations"], "category_id")):
         for entry in part:
             entry[key] *= 10
