@@ -2,7 +2,7 @@
 
 from typing import Iterator, Tuple
 
-from ssd.checkpoint.lineage import BODY, MAX_LEVELS, Lineage, heads
+from ssd.checkpoint.lineage import BODY, MAX_LEVELS, Lineage, extras
 from ssd.checkpoint.vgg import CONV_NAMES, subsample_fc
 
 __all__ = ["BACKBONES", "LINEAGES"]
@@ -13,16 +13,11 @@ _VGG = {name: BODY + name for name in CONV_NAMES.values()}
 def _detector() -> Iterator[Tuple[str, str]]:
     yield from _VGG.items()
     yield "conv4_3_norm", "backbone.l2_norm.conv4_3"
-    sources = ["conv4_3_norm", "fc7"]
-    for level in range(MAX_LEVELS):
-        for half in (0, 1):
-            theirs = f"conv{6 + level}_{1 + half}"
-            yield theirs, f"backbone.extra_layers.{level}.{half}"
-        sources.append(theirs)
-    ours = (name for _, name in heads("{}", "{}"))
-    for kind in ("conf", "loc"):
-        for source in sources[:MAX_LEVELS]:
-            yield f"{source}_mbox_{kind}", next(ours)
+    yield from extras("conv{}_", {"1": "0", "2": "1"}, first=6)
+    sources = ["conv4_3_norm", "fc7", *(f"conv{number}_2" for number in range(6, 4 + MAX_LEVELS))]
+    for level, source in enumerate(sources):
+        yield f"{source}_mbox_conf", f"head.cls_predictors.{level}"
+        yield f"{source}_mbox_loc", f"head.box_predictors.{level}"
 
 
 LINEAGES = [
