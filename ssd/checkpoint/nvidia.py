@@ -1,5 +1,6 @@
 """NVIDIA DeepLearningExamples' SSD300 on ResNet-50."""
 
+import re
 from typing import Iterator, Tuple
 
 from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, extras, heads
@@ -10,14 +11,9 @@ __all__ = ["LINEAGES"]
 
 def _names() -> Iterator[Tuple[str, str]]:
     prefix = "feature_extractor.feature_extractor."
-    stages = {"1": "4", "2": "5", "3": "6"}
     for theirs, ours in torchvision_resnet(("0", "1")):
-        if theirs.startswith("layer"):
-            stage, rest = theirs.removeprefix("layer").split(".", 1)
-            if stage not in stages:
-                continue
-            theirs = f"{stages[stage]}.{rest}"
-        yield prefix + theirs, ours
+        if not theirs.startswith("layer4"):  # after ReLU and pool, 2 and 3, come layer1 to layer3
+            yield prefix + re.sub(r"^layer(\d)", lambda x: str(3 + int(x[1])), theirs), ours
     layers = {"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"}
     yield from extras("additional_blocks.{}.", layers)
     yield from heads("conf.{}", "loc.{}")
