@@ -92,8 +92,7 @@ class SampleStream(torch.utils.data.Dataset):
         position = (position + attempt) % len(self._dataset)
         dataset_dict = self._dataset[int(self._order[1][position])]
         # those that Detectron2's augmentations draw from
-        seed = [self._seed, number, attempt] if attempt else [self._seed, number]
-        words = np.random.SeedSequence(seed).generate_state(2)
+        words = np.random.SeedSequence([self._seed, number, attempt]).generate_state(2)
         np.random.seed(words)
         random.seed(int(words[0]))
         return dataset_dict
