@@ -68,8 +68,8 @@ def match_default_boxes(
     if best == "argmax":
         taken, taker = iou.argmax(dim=2), order
     elif best == "bipartite":
-        taken, iou_taken = _bipartite(iou)
-        taker = torch.where(iou_taken > 1e-6, order, -1)
+        taken = _bipartite(iou)
+        taken, taker = taken.clamp(min=0), torch.where(taken >= 0, order, -1)
     else:
         raise ValueError(f"MODEL.SSD.MATCHING.BEST: 'argmax' or 'bipartite', got {best!r}")
     taker = torch.where(gt_valid, taker, -1)
@@ -78,8 +78,8 @@ def match_default_boxes(
     return torch.where(forced >= 0, forced, by_threshold)
 
 
-def _bipartite(iou: Tensor) -> Tuple[Tensor, Tensor]:
-    """Greedy one-to-one matching: the default box of each ground truth, and their IoU (N, M).
+def _bipartite(iou: Tensor) -> Tensor:
+    """Greedy one-to-one matching by (N, M, R) IoUs: each ground truth's default box (N, M), or -1.
 
     Of the R default boxes only a ground truth's M best can matter, as the other M - 1 ground
     truths take one each.
@@ -89,8 +89,7 @@ def _bipartite(iou: Tensor) -> Tuple[Tensor, Tensor]:
     # has room for one below float32's last digit.
     rank = torch.arange(iou.shape[2], dtype=torch.float64, device=iou.device)
     iou, candidates = (iou * (1 - rank * 2.0**-50)).topk(min(num_gt, iou.shape[2]), dim=2)
-    taken = candidates[:, :, 0].clone()
-    iou_taken = torch.full_like(iou[:, :, 0], -1.0)
+    taken = torch.full_like(candidates[:, :, 0], -1)
     images = torch.arange(len(iou), device=iou.device)
     for _ in range(num_gt):
         value, index = iou.flatten(1).max(dim=1)
@@ -98,11 +97,10 @@ def _bipartite(iou: Tensor) -> Tuple[Tensor, Tensor]:
         box = candidates[images, gt, candidate]
         free = value > 1e-6
         taken[images, gt] = torch.where(free, box, taken[images, gt])
-        iou_taken[images, gt] = torch.where(free, value, iou_taken[images, gt])
         used = (candidates == box[:, None, None]) & free[:, None, None]
         iou = iou.masked_fill(used, -1.0)
         iou[images, gt] = iou.new_full((), -1.0)
-    return taken, iou_taken
+    return taken
 
 
 def encode_boxes(boxes: Tensor, default_boxes: Tensor, weights: Sequence[float]) -> Tensor:
