@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Optional, Sequence
+from typing import Optional
 
 import torch
 from detectron2.solver import LRMultiplier
@@ -40,10 +40,7 @@ def scale_learning_rate(cfg):
             "SOLVER.REFERENCE_WORLD_SIZE and SOLVER.REFERENCE_IMS_PER_BATCH both scale the "
             "learning rate; one of them has to be 0"
         )
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.BASE_LR *= cfg.SOLVER.IMS_PER_BATCH / reference
-    cfg.freeze()
+    cfg = _with(cfg, BASE_LR=cfg.SOLVER.BASE_LR * (cfg.SOLVER.IMS_PER_BATCH / reference))
     logger.info(
         "Learning rate scaled to %g for a global batch of %d (SOLVER.IMS_PER_BATCH)",
         cfg.SOLVER.BASE_LR,
@@ -107,7 +104,7 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
         steps = [x for x in solver.STEPS if x != solver.MAX_ITER]  # of no effect, but an error
         if any(later <= earlier for earlier, later in zip([0, *steps], steps)):
             raise ValueError(f"SOLVER.STEPS must be positive and increase, got {solver.STEPS}")
-        return cfg if len(steps) == len(solver.STEPS) else _with(cfg, solver.MAX_ITER, steps)
+        return cfg if len(steps) == len(solver.STEPS) else _with(cfg, STEPS=tuple(steps))
     if num_images is None:
         raise ValueError(
             "SOLVER.MAX_EPOCHS needs ssd's training loader, whose number of images is known: set "
@@ -131,13 +128,13 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
         max_iter,
         tuple(steps),
     )
-    return _with(cfg, max_iter, steps)
+    return _with(cfg, MAX_ITER=max_iter, STEPS=tuple(steps))
 
 
-def _with(cfg, max_iter: int, steps: Sequence[int]):
+def _with(cfg, **values):
+    """A frozen copy with these values in SOLVER."""
     cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = max_iter, tuple(steps)
+    cfg.SOLVER.update(values)
     cfg.freeze()
     return cfg
 
