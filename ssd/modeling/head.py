@@ -22,15 +22,13 @@ class SSDHead(nn.Module):
         """
         super().__init__()
         self.num_classes = num_classes
-        levels = list(zip(in_channels, num_anchors))
-        last = len(levels) - 1
-        self.cls_predictors, self.box_predictors = (
-            nn.ModuleList(
-                self._predictor(channels, a * size, level == last)
-                for level, (channels, a) in enumerate(levels)
-            )
-            for size in (num_classes + 1, 4)
-        )
+        last = len(in_channels) - 1
+
+        def predictors(size: int) -> nn.ModuleList:
+            levels = enumerate(zip(in_channels, num_anchors))
+            return nn.ModuleList(self._predictor(c, a * size, i == last) for i, (c, a) in levels)
+
+        self.cls_predictors, self.box_predictors = predictors(num_classes + 1), predictors(4)
 
     def _predictor(self, in_channels: int, out_channels: int, is_last: bool) -> nn.Module:
         predictor = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -61,12 +59,11 @@ class SSDLiteHead(SSDHead):
         super().__init__(*args)
 
     def _predictor(self, in_channels: int, out_channels: int, is_last: bool) -> nn.Module:
-        predictor = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1))
+        predictor = nn.Sequential()
         if not (is_last and self._last_1x1):
-            depthwise = conv_block(
-                in_channels, in_channels, 3, norm=self._norm, activation="ReLU6", groups=in_channels
-            )
-            predictor.insert(0, depthwise)
+            kwargs = {"norm": self._norm, "activation": "ReLU6", "groups": in_channels}
+            predictor.append(conv_block(in_channels, in_channels, 3, **kwargs))
+        predictor.append(nn.Conv2d(in_channels, out_channels, 1))
         init_convolutions(predictor, nn.init.normal_, std=0.03)
         return predictor
 
