@@ -117,6 +117,7 @@ class DefaultBoxGenerator(nn.Module):
                 "MODEL.SSD.DEFAULT_BOXES"
             )
         boxes = []
+        limit = torch.tensor(self.input_size[::-1], dtype=torch.float64)  # width, height
         for level, ((rows, columns), shapes) in enumerate(zip(map_sizes, self.shapes)):
             if self.steps:
                 step_y, step_x = self.steps[level]
@@ -124,10 +125,8 @@ class DefaultBoxGenerator(nn.Module):
                 step_y, step_x = self.input_size[0] / rows, self.input_size[1] / columns
             y = (torch.arange(rows, dtype=torch.float64) + 0.5) * step_y
             x = (torch.arange(columns, dtype=torch.float64) + 0.5) * step_x
-            center = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flip(-1)
-            center = center[:, :, None, :]  # (H, W, 1, 2), x before y
-            size = torch.tensor(shapes, dtype=torch.float64)
-            limit = torch.tensor(self.input_size[::-1], dtype=torch.float64)  # width, height
+            center = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]
+            size = torch.tensor(shapes, dtype=torch.float64)  # (A, 2), center: (H, W, 1, 2)
             if self.clip in ("cxcywh", "wh"):
                 size = size.minimum(limit)
             if self.clip == "cxcywh":
