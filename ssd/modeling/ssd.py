@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
+from detectron2.evaluation import inference_context
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_anchor_generator, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
@@ -367,10 +368,8 @@ class SSD(DenseDetector):
         tensors = [*self.backbone.named_parameters(), *self.backbone.named_buffers()]
         state = {name: x.to("meta") for name, x in tensors}
         image = torch.zeros(1, len(self.pixel_mean), *self.input_size, device=self.device)
-        training = self.backbone.training
-        self.backbone.eval()
         try:
-            with torch.no_grad():
+            with inference_context(self.backbone), torch.no_grad():
                 try:
                     features = torch.func.functional_call(self.backbone, state, image.to("meta"))
                 except Exception:  # whatever a backbone does that needs numbers
@@ -380,7 +379,6 @@ class SSD(DenseDetector):
                 f"MODEL.SSD.INPUT_SIZE {self.input_size} doesn't suit the backbone and "
                 f"MODEL.SSD.EXTRA_LAYERS: {error}"
             ) from error
-        self.backbone.train(training)
         sizes = [tuple(features[name].shape[-2:]) for name in self.head_in_features]
         if not all(map(min, sizes)):  # torch's meta device allows it
             raise ValueError(
