@@ -38,8 +38,9 @@ from ssd.checkpoint.checkpointer import write_atomically
 from ssd.config import load_config
 from ssd.data.augmentations import build_augmentation
 from ssd.data.datasets import check_class_count
+from ssd.data.files import read_image
 from ssd.data.loader import RunSampler, build_test_loader, build_train_loader, num_images
-from ssd.data.mapper import SSDDatasetMapper, read_image
+from ssd.data.mapper import SSDDatasetMapper
 from ssd.drawing import draw_instances, write_image
 from ssd.evaluation import build_evaluator, check_records, metric_names
 from ssd.hooks import (

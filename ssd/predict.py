@@ -25,8 +25,7 @@ from detectron2.data import DatasetCatalog, Metadata
 from detectron2.structures import Instances
 
 from ssd import model_zoo
-from ssd.data.files import IMAGE_EXTENSIONS
-from ssd.data.mapper import read_image
+from ssd.data.files import IMAGE_EXTENSIONS, read_image
 from ssd.drawing import class_name, draw_instances, write_image
 from ssd.predictor import Predictor
 

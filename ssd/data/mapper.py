@@ -1,10 +1,7 @@
 """From a data set's dict to the network's input."""
 
 import copy
-import logging
-import os
-import re
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -12,17 +9,14 @@ import torch
 from detectron2.config import configurable
 from detectron2.data.transforms import Augmentation
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.file_io import PathManager
 from fvcore.transforms.transform import Transform
 
 from ssd.data.augmentations import ImageSize, build_augmentation
 from ssd.data.boxes import xyxy_boxes
-from ssd.data.files import datasets_folder_text
+from ssd.data.files import read_image
 from ssd.data.transforms import centers_inside
 
 __all__ = ["SSDDatasetMapper", "read_image"]
-
-logger = logging.getLogger(__name__)
 
 
 class SSDDatasetMapper:
@@ -121,90 +115,3 @@ def _ground_truth(annotations: Sequence[Dict], size) -> tuple:
 def _has_area(boxes: np.ndarray) -> np.ndarray:
     # what rounding leaves of a box at the edge would have logarithms without bound
     return (boxes[:, 2:] - boxes[:, :2] > 1e-3).all(axis=1)
-
-
-def read_image(
-    file_name: str, image_format: str = "RGB", size=(None, None), reduction: int = 1
-) -> np.ndarray:
-    """An image file as (H, W, 3) uint8: greyscale, CMYK, palette, alpha and 16-bit are converted.
-
-    EXIF orientation is applied, unless only the image as stored has the size that the
-    annotations were made for.
-
-    Args:
-        image_format: "RGB" or "BGR".
-        size: (height, width) that the annotations state, or None each.
-        reduction: 2, 4 or 8 decodes a JPEG of that ``size`` at a fraction of it, rounded up, which
-            is faster: each pixel is the mean of reduction² ones. All others are read in full, as
-            are those with EXIF data whose sides aren't multiples of it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, truncated or no image, or has another size.
-    """
-    if image_format not in ("RGB", "BGR"):
-        raise ValueError(f"INPUT.FORMAT: 'RGB' or 'BGR', got {image_format!r}")
-    try:
-        reader = PathManager.open if "://" in str(file_name) else open
-        with reader(file_name, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"image {file_name} does not exist; {datasets_folder_text()}, "
-            f"current folder {os.getcwd()}"
-        ) from None
-    if _is_truncated_jpeg(data):
-        raise ValueError(f"image {file_name} is truncated ({len(data)} bytes, no end marker)")
-    rgb, expected = image_format == "RGB", tuple(size)
-    reducible = reduction > 1 and None not in expected and data.startswith(_JPEG)
-    if reducible and b"Exif" in data[:4096]:  # turned by it, incomplete pixels could come first
-        reducible = all(side % reduction == 0 for side in expected)
-    if reducible:
-        image = _decode(data, rgb, _REDUCTIONS[reduction])
-        if image is not None and image.shape[:2] == tuple(-(-v // reduction) for v in expected):
-            return image
-    image = _decode(data, rgb)
-    if image is None:
-        raise ValueError(f"image {file_name} is empty or no readable image ({len(data)} bytes)")
-    if None not in expected and image.shape[:2] != expected:
-        stored = _decode(data, rgb, cv2.IMREAD_IGNORE_ORIENTATION)
-        if stored.shape[:2] != expected:
-            raise ValueError(
-                f"image {file_name} is {image.shape[1]}x{image.shape[0]} pixels, but its "
-                f"annotation says {expected[1]}x{expected[0]}"
-            )
-        image = stored
-    return image
-
-
-_JPEG = b"\xff\xd8"  # how such files begin
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # but those within a scan
-_REDUCTIONS = {  # with a colour flag their "grayscale" doesn't hold
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-
-
-def _decode(data: bytes, rgb: bool, flags: int = 0) -> Optional[np.ndarray]:
-    if not data:
-        return None
-    color = getattr(cv2, "IMREAD_COLOR_RGB", None) if rgb else cv2.IMREAD_COLOR
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | (color or cv2.IMREAD_COLOR))
-    if color or image is None:
-        return image
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV before 4.11
-
-
-def _is_truncated_jpeg(data: bytes) -> bool:
-    """Whether a JPEG has no end marker after its scans; OpenCV would fill it with grey."""
-    last = max(data.rfind(b"\xff\xd9"), 0)
-    if not data.startswith(_JPEG) or data.find(b"\xff\xda", last) < 0:
-        return False
-    # or what looks like a scan is in data that follows the image, such as a telephone's video
-    at = len(_JPEG)
-    while marker := _JPEG_MARKER.search(data, at):
-        if marker[1] == b"\xd9":
-            return False
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    return True
