@@ -235,16 +235,11 @@ class SSDCheckpointer(DetectionCheckpointer):
         rows = self._source_rows(num_source)
         if max(rows) < 0 or (num_source == num_target and rows == list(range(num_target))):
             return state
-        state = dict(state)
-        carried = False
         for cls, box in pairs.items():
             num_anchors = len(state[f"{box}.bias"]) // 4
             for name in (f"{cls}.weight", f"{cls}.bias"):
                 if state[name].shape[1:] == own[name].shape[1:]:
                     state[name] = carry_rows(state[name], own[name], num_anchors, rows)
-                    carried = True
-        if not carried:
-            return state
         fresh = [name for name, row in zip(_own_classes(cfg) or range(num_target), rows) if row < 0]
         logger.info(
             "%d of %d classes start from those of %s%s", num_target - len(fresh), num_target, found,
