@@ -134,7 +134,7 @@ class SSDCheckpointer(DetectionCheckpointer):
         return find_weights(data, filename)
 
     def _load_model(self, checkpoint: Dict[str, Any]):
-        state, found = self._to_ours(checkpoint)
+        state, found, advice = self._to_ours(checkpoint)
         self.classes = class_names(checkpoint)
         checkpoint.pop("classes", None)
         if self._strict or self._resuming:
@@ -158,7 +158,7 @@ class SSDCheckpointer(DetectionCheckpointer):
         if len(unfilled) >= len(needed):
             raise ValueError(
                 f"MODEL.WEIGHTS fits nothing in this model: it holds {_first(list(state))}; the "
-                f"model needs {_first(unfilled)}{self._advice}"
+                f"model needs {_first(unfilled)}{advice}"
             )
         if (self._strict or self._resuming) and unfilled:
             missing = [name for name in unfilled if name not in other_shape]
@@ -168,44 +168,41 @@ class SSDCheckpointer(DetectionCheckpointer):
                 f"of another shape {_first(shapes)}; is MODEL.SSD.NUM_CLASSES that of the weights?"
             ] if shapes else []  # fmt: skip
             what = "MODEL.WEIGHTS" if self._strict else f"--resume: {self._path}"
-            raise ValueError(f"{what} doesn't fill the model: {'; '.join(problems)}{self._advice}")
+            raise ValueError(f"{what} doesn't fill the model: {'; '.join(problems)}{advice}")
         return result
 
-    def _to_ours(self, checkpoint: Dict[str, Any]) -> Tuple[State, str]:
-        """A file's weights by our names, and what they are; warns where the config doesn't fit."""
-        self._advice = ""
+    def _to_ours(self, checkpoint: Dict[str, Any]) -> Tuple[State, str, str]:
+        """A file's weights by our names, what they are, and :meth:`_check_definition`'s advice."""
         state, lineage = identify(checkpoint)
         self.lineage = lineage
         if lineage is None:
-            return state, "weights"
+            return state, "weights", ""
         cfg = self._cfg
-        if cfg:
-            state = lineage.to_ours(state, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_STD)
-        else:
-            state = lineage.to_ours(state)
+        state = lineage.to_ours(state, *([cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_STD] if cfg else []))
         counts = [count_classes(state, cls, box) for cls, box in predictors(state).items()]
         done = f", {counts[0]} classes" if counts else ""
         done += ", background moved from first to last" if lineage.background_first else ""
         if cfg and cfg.INPUT.FORMAT != lineage.input_format:
             done += f", first layer turned from {lineage.input_format} to {cfg.INPUT.FORMAT}"
         logger.info("Found %s%s", lineage.title, done)
-        if cfg:
-            self._check_definition(lineage, len(counts), counts[0] if counts else 0)
-        return state, lineage.title
+        advice = self._check_definition(lineage, counts) if cfg else ""
+        return state, lineage.title, advice
 
-    def _check_definition(self, lineage: Lineage, num_levels: int, num_classes: int) -> None:
-        """Warns of keys in which the config differs from what the weights were made with."""
-        others = differences(self._cfg, lineage.config)
-        if found := definition(lineage.key, num_levels, num_classes):
+    def _check_definition(self, lineage: Lineage, counts: List[int]) -> str:
+        """Warns of keys in which the config differs from what the weights were made with; gives
+        the lab that fits them, for errors. ``counts``: the classes of each level's predictor."""
+        others, advice = differences(self._cfg, lineage.config), ""
+        if found := definition(lineage.key, len(counts), counts[0] if counts else 0):
             weights, expected = found
             others += differences(self._cfg, expected)
-            self._advice = f"; the lab of {lineage.title} is {weights.lab}"
-            self._advice += f" with {weights.options}" if weights.opts else ""
+            advice = f"; the lab of {lineage.title} is {weights.lab}"
+            advice += f" with {weights.options}" if weights.opts else ""
         if others:
             logger.warning(
                 "%s was made with other values than the config's: %s%s",
-                lineage.title, "; ".join(others), self._advice,
+                lineage.title, "; ".join(others), advice,
             )  # fmt: skip
+        return advice
 
     def _check_classes(self) -> None:
         """Warns if the data set's classes aren't those that the weights were trained on."""
