@@ -9,11 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from ssd.data import shapes
 from ssd.data.boxes import box_defect, find_box_defects, xyxy_boxes
 from ssd.data.files import require
-from ssd.data.shapes import CLASSES as SHAPES_CLASSES
-from ssd.data.shapes import SPLITS as SHAPES_SPLITS
-from ssd.data.shapes import render_shapes
 from ssd.data.voc import read_voc
 from ssd.data.yolo import read_class_names, read_yolo
 
@@ -21,7 +19,7 @@ __all__ = ["check_class_count", "read_every_box", "register_datasets"]
 
 logger = logging.getLogger(__name__)
 
-# Keys of an entry besides FORMAT; None: must be given.
+# Keys of an entry besides FORMAT, with their defaults; None: must be given.
 _KEYS = {
     "coco": {
         "ROOT": None,
@@ -237,16 +235,16 @@ def _keep_ids(records: list[dict], metadata: Metadata, key: str) -> None:
 
 def _shapes(name: str, entry: dict) -> tuple:
     root, split = entry["ROOT"], entry["SPLIT"]
-    if split not in SHAPES_SPLITS:
+    if split not in shapes.SPLITS:
         raise ValueError(
-            f"DATASETS.REGISTER.{name}.SPLIT is {split!r}; it must be one of {list(SHAPES_SPLITS)}"
+            f"DATASETS.REGISTER.{name}.SPLIT is {split!r}; it must be one of {list(shapes.SPLITS)}"
         )
     files = {"ANNOTATIONS": f"{split}.json", "IMAGES": os.path.join(split, "images")}
-    coco_entry = {"ROOT": root, "CLASSES": list(SHAPES_CLASSES), "KEEP_IDS": False, **files}
+    coco_entry = {"ROOT": root, "CLASSES": list(shapes.CLASSES), "KEEP_IDS": False, **files}
     load_coco, metadata = _coco(name, coco_entry)
 
     def load() -> list[dict]:
-        render_shapes(root, split)
+        shapes.render_shapes(root, split)
         return load_coco()
 
     return load, metadata
@@ -277,7 +275,7 @@ def _check_entry(name: str, node: Any) -> dict:
             valid = all(isinstance(c, str) for c in value) and len(set(value)) == len(value)
             valid = valid and (value or default is not None)
             expected = "a list of different names (in quotes if YAML takes them for numbers)"
-        elif k in ("USE_DIFFICULT", "KEEP_IDS"):
+        elif isinstance(default, bool):
             valid, expected = isinstance(value, bool), "True or False"
         else:
             is_file = k == "CLASSES" and entry["FORMAT"] == "yolo"
