@@ -212,7 +212,7 @@ class SSD(DenseDetector):
             output: (N, 4), see :func:`output_transform`.
 
         Returns:
-            see :meth:`find`.
+            scores (N, R, K), offsets (N, R, 4), and what :func:`best_detections` finds among them.
         """
         enabled = self.inference_dtype is not None
         with torch.autocast(self.device.type, self.inference_dtype, enabled=enabled):
@@ -221,8 +221,10 @@ class SSD(DenseDetector):
             logits, deltas = self._flatten(self.head(features))
         return self.find(logits, deltas, output)
 
-    def find(self, logits: Tensor, deltas: Tensor, output: Optional[Tensor] = None):
-        """:func:`ssd.modeling.postprocessing.first_detections` with this model's settings."""
+    def find(
+        self, logits: Tensor, deltas: Tensor, output: Optional[Tensor] = None
+    ) -> Tuple[Tensor, ...]:
+        """As :meth:`infer`, from the network's logits (N, R, K + 1) and offsets (N, R, 4) on."""
         boxes, settings = self.default_boxes, self._detection_settings()
         return self.first_detections(logits, deltas, boxes, self.input_size, output, **settings)
 
@@ -270,7 +272,8 @@ class SSD(DenseDetector):
         """Losses of N images, divided over the global batch.
 
         Args:
-            gt_instances: see :meth:`losses`.
+            images, features: not used; they are in :class:`DenseDetector`'s signature.
+            predictions, gt_instances: see :meth:`losses`.
 
         Returns:
             ``loss_cls`` and ``loss_box_reg``.
@@ -290,6 +293,7 @@ class SSD(DenseDetector):
         """Losses of each of N images, not yet divided.
 
         Args:
+            predictions: of each level, see :meth:`SSDHead.forward`.
             gt_instances: ``gt_boxes`` in the given image's pixels and ``gt_classes`` in [0, K);
                 those without area are ignored. An image may have none.
 
