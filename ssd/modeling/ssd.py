@@ -108,7 +108,8 @@ class SSD(DenseDetector):
         middle = torch.tensor(self.input_size[::-1]) / 2
         for level, (map_size, level_boxes) in enumerate(zip(map_sizes, boxes)):
             center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
-            if ((center / middle - 1).abs() > 0.1).any():  # in SSD300 up to 0.07
+            far = (center / middle - 1).abs() > 0.1  # in SSD300 up to 0.07
+            if not far.is_meta and far.any():
                 raise ValueError(
                     f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {map_size[0]} "
                     f"rows and {map_size[1]} columns, around x and y {center.tolist()} in an input "
@@ -395,15 +396,13 @@ class SSD(DenseDetector):
 def _as_one(images: Sequence[Tensor]) -> Optional[Tensor]:
     """The batch, without a copy, of images that lie one behind the other in one memory, as those
     that come from a loader's worker; None for others."""
-    first, memory = images[0], images[0].untyped_storage()
-    start, size = first.data_ptr(), first.numel() * first.element_size()
-    if start + len(images) * size > memory.data_ptr() + memory.nbytes():
+    first, start, size = images[0], images[0].storage_offset(), images[0].numel()
+    for i, x in enumerate(images):
+        if not x.is_contiguous() or x.storage_offset() != start + i * size:
+            return None
+    if len(images) > 1 and len({x.untyped_storage().data_ptr() for x in images}) > 1:
         return None
-    if not all(
-        x.is_contiguous() and x.data_ptr() == start + i * size for i, x in enumerate(images)
-    ):
-        return None
-    return first.as_strided((len(images), *first.shape), (first.numel(), *first.stride()))
+    return first.as_strided((len(images), *first.shape), (size, *first.stride()))
 
 
 def _check_config(cfg) -> None:
