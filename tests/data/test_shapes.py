@@ -32,6 +32,7 @@ def test_rendering_is_deterministic_and_writes_coco(tmp_path):
         pixels = cv2.imread(str(tmp_path / "a" / "val" / "images" / image["file_name"]))
         assert pixels.shape == (image["height"], image["width"], 3)
     assert {a["image_id"] for a in data["annotations"]} == {1, 2, 3}
+    assert all(a["area"] == a["bbox"][2] * a["bbox"][3] for a in data["annotations"])
 
 
 def test_an_existing_split_is_kept(tmp_path):

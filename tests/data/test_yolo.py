@@ -72,7 +72,8 @@ def test_yolo_label_files_and_lists(tmp_path):
     (tmp_path / "images/list/train.txt").write_text(lines)
     write_yolo(tmp_path / "flat", {"1/a.jpg": None}, "photos")
     write_yolo(tmp_path / "flat", {"a.jpg": ["0 .5 .5 1 1"]}, "copies", "notes")
-    (tmp_path / "flat/train.txt").write_text("photos/1/a.jpg")
+    for name, text in (("train.txt", "photos/1/a.jpg"), ("notes/a.txt", "0 .5 .5 1 1")):
+        (tmp_path / "flat" / name).write_text(text, "utf-8-sig")  # as Windows' editors do
     expected = {
         ("beside/photos", ""): ["a.jpg"],
         ("named/photos", "named/notes"): ["s/a.jpg"],
