@@ -305,18 +305,18 @@ def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg, caplog):
 def test_pictures_of_images_with_one_name(tiny_cfg, register, tmp_path):
     records, exif = [], Image.Exif()
     exif[274] = 6  # a quarter turn, which the annotations don't have
-    for number, folder in enumerate("ab"):
-        (tmp_path / folder).mkdir()
-        path = str(tmp_path / folder / "x.jpg")
-        Image.new("RGB", (40, 30)).save(path, exif=exif)
-        records.append({"file_name": path, "image_id": number, "height": 30, "width": 40})
-    name = register([{**x, "annotations": []} for x in records], "abcdef")
+    for width in (40, 50):
+        path = tmp_path / str(width) / "x.jpg"
+        path.parent.mkdir()
+        Image.new("RGB", (width, 30)).save(path, exif=exif)
+        records += [{"file_name": str(path), "height": 30, "width": width, "annotations": []}] * 2
+    name = register([{**x, "image_id": i} for i, x in enumerate(records)], "abcdef")
     cfg = tiny_cfg("DATASETS.TEST", (name,), "TEST.VIS_IMAGES", 2)
     paths = draw_detections(cfg, build_model(cfg))
     assert [os.path.basename(path) for path in paths] == ["x.jpg", "x_1.jpg"]
-    for path in paths:
+    for path, width in zip(paths, (40, 50)):  # the first and the third
         with Image.open(path) as picture:
-            assert picture.size == (40, 30)
+            assert picture.size == (width, 30)
 
 
 def test_frozen_random_layers_are_told(tiny_cfg, caplog):
