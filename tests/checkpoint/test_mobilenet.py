@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ssd.checkpoint import SSDCheckpointer
-from ssd.checkpoint.recognition import recognise
+from ssd.checkpoint.recognition import differences, recognise
 from ssd.config import load_config
 
 BLOCKS = [  # hidden and output channels, kernel, squeeze width of features.1 … 15
@@ -115,6 +115,12 @@ def test_a_classifier_fills_the_bottom_up(repo, tmp_path, caplog, lab, make, tit
             assert value.shape == source.shape and not (value == -7).any()  # adapted, see below
         else:
             assert torch.equal(value.reshape(source.shape), source), name
+    cfg.defrost()
+    cfg.MODEL.BATCH_NORM.EPS, cfg.MODEL.MOBILENET.SQUEEZE_FIRST = 2e-3, False
+    others = ["MODEL.BATCH_NORM.EPS 0.002 instead of 1e-05"]
+    if make is mobilenetv3:
+        others.append("MODEL.MOBILENET.SQUEEZE_FIRST False instead of True")
+    assert differences(cfg, recognise(state).config) == others
 
 
 def test_the_first_layer_keeps_its_output_and_its_size():

@@ -22,6 +22,7 @@ RESNET = "ssd_resnet50_size300"
 RESNET18 = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64".split()
 WITH_RES5 = """MODEL.RESNETS.OUT_FEATURES ['res4','res5'] MODEL.SSD.IN_FEATURES ['res4','res5']
     MODEL.SSD.EXTRA_LAYERS [[8,8,3,2,1],[8,8,3,2,1],[8,8,3,1,0],[8,8,3,1,0]]""".split()
+EPS, STRIDE = "MODEL.BATCH_NORM.EPS", "MODEL.RESNETS.STRIDE_IN_1X1"
 FULL_TAIL = ["MODEL.MOBILENET.REDUCED_TAIL", "False"]
 NODES_V2 = {"stage5": "features.13", "conv2": "features.18"}
 NODES_V3 = {"stage6_expand": "features.13.block.0", "conv2": "features.16"}
@@ -182,19 +183,20 @@ def test_the_files_own_tensors_stay_as_they_are(classifier, assert_equal):
         (
             "mobilenet_v3_large",
             V3_VOC,
-            "EPS 1e-05 instead of 0.001; MODEL.MOBILENET.SQUEEZE_FIRST True instead of False",
+            f"{EPS} 1e-05 instead of 0.001; MODEL.MOBILENET.SQUEEZE_FIRST True instead of False",
         ),
-        ("mobilenetv3_large_100", V3, "EPS 0.001 instead of 1e-05"),
-        ("mobilenet_v2", "ssdlite_mobilenetv2_size320_600e", "EPS 0.001 instead of 1e-05"),
-        ("mobilenetv2_100", "ssdlite_mobilenetv2_size320_600e", "EPS 0.001 instead of 1e-05"),
+        ("mobilenetv3_large_100", V3, f"{EPS} 0.001 instead of 1e-05"),
+        ("mobilenet_v2", "ssdlite_mobilenetv2_size320_600e", f"{EPS} 0.001 instead of 1e-05"),
+        ("mobilenetv2_100", "ssdlite_mobilenetv2_size320_600e", f"{EPS} 0.001 instead of 1e-05"),
+        ("resnet50", f"{RESNET} {STRIDE} True", f"{STRIDE} True instead of False"),
     ],
     indirect=["classifier"],
 )
-def test_another_eps_or_place_of_the_squeeze_is_warned_of(classifier, lab, expected, log):
-    cfg, model = make_model(lab)
+def test_another_eps_or_place_of_squeeze_or_stride_is_warned_of(classifier, lab, expected, log):
+    cfg, model = make_model(*lab.split())
     SSDCheckpointer(model, cfg=cfg).load(classifier[3])
     (text,) = (message for message in log.messages if "instead of" in message)
-    assert text.endswith(f": MODEL.BATCH_NORM.{expected}")
+    assert text.endswith(f": {expected}")
 
 
 def test_full_tail_in_a_reduced_one_stays_fresh_and_is_named(tmp_path, log):
