@@ -474,11 +474,12 @@ def classed(register):
 
 
 @pytest.mark.parametrize("kind", FINE_TUNED)
-def test_own_classes_are_matched_by_name(tmp_path, classed, log, kind):
+def test_own_classes_are_matched_by_name(tmp_path, classed, register, log, kind):
     theirs, ours, rows = FINE_TUNED[kind]
-    cfg, source = classed(theirs)
+    test = ["DATASETS.TEST", (register([], theirs[::-1]), register([], ours[::-1]))]  # don't count
+    cfg, source = classed(theirs, 0, *test)
     SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
-    cfg, model = classed(ours, 1)
+    cfg, model = classed(ours, 1, *test)
     fresh = copied(model)
     assert SSDCheckpointer(model, cfg=cfg).load(str(tmp_path / "model.pth")) == {}
     assert_rows(model, source.state_dict(), fresh, rows)
@@ -602,18 +603,19 @@ def test_fine_tuning_in_the_folder_of_the_weights_maps_classes(tmp_path, classed
 
 
 @pytest.mark.parametrize("class_map", [[], [2, 1]])
-def test_evaluation_maps_no_classes(tmp_path, classed, class_map, log):
+def test_evaluation_maps_no_classes(tmp_path, classed, register, class_map, log):
     cfg, source = classed("abc")
     SSDCheckpointer(source, str(tmp_path), cfg=cfg).save("model")
     cfg, model = classed("cb", 1, "MODEL.SSD.CLASS_MAP", class_map)
     with pytest.raises(ValueError, match=r"head\.cls_predictors.*MODEL\.SSD\.NUM_CLASSES"):
         SSDCheckpointer(model, cfg=cfg, strict=True).load(str(tmp_path / "model.pth"))
     assert "was trained on" not in log.text
-    for names in ("abc", "cab"):
-        cfg, model = classed(names, 1)
+    for names, test in (("abc", ""), ("cab", "abc"), ("cab", ""), ("abc", "cab")):
+        log.clear()
+        cfg, model = classed(names, 1, *(["DATASETS.TEST", (register([], test),)] if test else []))
         SSDCheckpointer(model, cfg=cfg, strict=True).load(str(tmp_path / "model.pth"))
         assert same(model.state_dict(), source.state_dict())
-        assert ("was trained on the classes a, b, c" in log.text) == (names == "cab")
+        assert ("was trained on the classes a, b, c" in log.text) == ((test or names) == "cab")
 
 
 @pytest.mark.parametrize("classes", [["a", "b"], list("dbca"), 3, "abc", [1, 2, 3], {"a": 1}])

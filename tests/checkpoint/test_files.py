@@ -9,7 +9,7 @@ import struct
 import sys
 import types
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -121,6 +121,8 @@ def test_training_checkpoint_with_objects_of_other_packages(read, kwargs, tmp_pa
         "cfg": node,
         "args": argparse.Namespace(lr=0.1, out=tmp_path),
         "means": np.array([1.0, 2.0], ">f8"),
+        "losses": deque([1.0, 2.0], maxlen=20),
+        "counts": defaultdict(int, {"a": 1}),
     }
     with pytest.MonkeyPatch.context() as patch:
         importable(patch, HistoryBuffer, "mmengine.logging.history_buffer")
@@ -132,6 +134,7 @@ def test_training_checkpoint_with_objects_of_other_packages(read, kwargs, tmp_pa
     assert_same(result["state_dict"], weights())
     assert result["means"].tolist() == [1.0, 2.0]
     assert result["cfg"] == {"lr": 0.1}
+    assert (result["losses"], result["counts"]) == ([1.0, 2.0], {"a": 1})
     assert "mmengine" not in sys.modules
 
 
