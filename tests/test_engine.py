@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -312,11 +313,13 @@ def test_pictures_of_images_with_one_name(tiny_cfg, register, tmp_path):
         records += [{"file_name": str(path), "height": 30, "width": width, "annotations": []}] * 2
     name = register([{**x, "image_id": i} for i, x in enumerate(records)], "abcdef")
     cfg = tiny_cfg("DATASETS.TEST", (name,), "TEST.VIS_IMAGES", 2)
-    paths = draw_detections(cfg, build_model(cfg))
-    assert [os.path.basename(path) for path in paths] == ["x.jpg", "x_1.jpg"]
-    for path, width in zip(paths, (40, 50)):  # the first and the third
-        with Image.open(path) as picture:
-            assert picture.size == (width, 30)
+    for score, drawn in ((0.0, True), (1.0, False)):
+        paths = draw_detections(cfg, build_model(cfg), score)
+        assert [os.path.basename(path) for path in paths] == ["x.jpg", "x_1.jpg"]
+        for path, width in zip(paths, (40, 50)):  # the first and the third
+            with Image.open(path) as picture:
+                assert picture.size == (width, 30)
+                assert (np.asarray(picture).max() > 20) == drawn
 
 
 def test_frozen_random_layers_are_told(tiny_cfg, caplog):
