@@ -70,6 +70,7 @@ def test_training_says_what_it_was_and_no_evaluation_replaces_it(tiny_cfg, monke
         "| iterations | 3 of batch 4 (epochs: 0.8), stopped early; planned: 8 |",
         "| best checkpoint | model_best.pth: bbox/AP 53.64, iteration 0 |", "random weights",
         "model_final.pth, the averaged weights (SOLVER.EMA)", "| time with evaluations | 0:00:",
+        f"| learning rate | {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.LR_SCHEDULER_NAME} |",
     ):  # fmt: skip
         assert fact in text, fact
     assert write_summary(cfg, RESULTS) is None
