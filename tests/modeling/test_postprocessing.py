@@ -361,10 +361,11 @@ def test_classes_do_not_suppress_one_another_left_of_the_image():
 
 
 def test_infinite_boxes_do_not_spoil_the_others():
-    deltas = torch.zeros(1, 2, 4)
+    """Nor those of another class, whose coordinates are moved."""
+    deltas = torch.zeros(1, 3, 4)
     deltas[0, 0, 2:] = 1000.0  # e^200
     (result,) = detect(
-        torch.tensor([[[0.9], [0.8]]]), deltas, torch.tensor([[1.0, 1, 5, 5], [1.0, 1, 5, 5]]),
+        torch.tensor([[[0.9, 0], [0, 0.8], [0, 0.7]]]), deltas, torch.tensor([[1.0, 1, 5, 5]] * 3),
         SIZE, group=torch.zeros(1, 1, dtype=torch.int64), num_groups=1, score_thresh=0.0,
         topk_candidates=10, nms_thresh=0.45, detections_per_image=10, bbox_reg_weights=WEIGHTS,
         bbox_reg_clamp="none", clip="after_nms",
