@@ -66,7 +66,7 @@ def load(path, *opts):
 def assert_features_equal(model, theirs, std, bgr, stride_in_1x1):
     """``std``, ``bgr``: of the input that the numbers of ``theirs`` were trained with."""
     rgb = torch.randint(0, 256, (1, 3, 96, 96), generator=torch.Generator().manual_seed(0)).float()
-    mean, ours_std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
+    mean, ours_std = torch.tensor(MEAN)[:, None, None], model.pixel_std
     x = (rgb - mean) / torch.tensor(std)[:, None, None]
     x = x.flip(1) if bgr else x
     if stride_in_1x1:
@@ -156,10 +156,13 @@ def test_detectors_of_detectron2s_zoo(msra, tmp_path, log, prefix, others):
 
 def test_resnexts_of_the_zoo_divide_their_input():
     state = {"stem.conv1.weight": torch.ones(2, 3, 1, 1), "res2.0.conv1.weight": torch.ones(2)}
-    for inputs, title in ((8, "ResNet (ResNeXt)"), (256, "ResNet of MSRA")):
+    bgr_std = torch.tensor(STD).flip(0)
+    for inputs, title, std in ((8, "ResNet (ResNeXt)", bgr_std), (256, "ResNet of MSRA", 1)):
         state["res2.0.conv2.weight"] = torch.ones(256, inputs, 1, 1)
         lineage = recognise(state, {"__author__": "Caffe2"})
         assert lineage.title == f"Detectron2's {title}"
+        first = lineage.to_ours(state, "BGR", (2.0, 3.0, 4.0))[f"{BODY}stem.conv1.weight"]
+        torch.testing.assert_close(first[0, :, 0, 0], torch.tensor([2.0, 3.0, 4.0]) / std)
     assert recognise(state).title == "Detectron2's ResNet, as torchvision's"
 
 
@@ -218,7 +221,7 @@ def converted(model):
     return {"model": state, "__author__": "torchvision", "matching_heuristics": True}
 
 
-@pytest.mark.parametrize("opts", [[], IN_1X1])
+@pytest.mark.parametrize("opts", [[], [*IN_1X1, "MODEL.PIXEL_STD", "[1.0, 2.0, 4.0]"]])
 def test_torchvisions_features(theirs, tmp_path, log, opts):
     theirs.conv1.bias = None
     data = converted(theirs)

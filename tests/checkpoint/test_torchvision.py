@@ -130,7 +130,7 @@ def test_classifier_gives_torchvisions_features(classifier, order, log):
     ours_mean = 255 * (mean if order == "RGB" else mean.flip(0))
     opts = ["INPUT.FORMAT", order, "MODEL.PIXEL_MEAN", str(ours_mean.tolist()), *opts]
     # unlike in each channel, so that their order matters
-    opts += ["MODEL.PIXEL_STD", "[1.0, 2.0, 4.0]"] if lab == V2 else []
+    opts += ["MODEL.PIXEL_STD", "[1.0, 2.0, 4.0]"]
     cfg, model = make_model(lab, *opts)
 
     SSDCheckpointer(model, cfg=cfg).load(path)

@@ -178,8 +178,12 @@ def test_fully_connected_layers_are_subsampled(make, shapes):
 def test_caffes_full_and_reduced_files_are_told_apart():
     full = caffe(fully_connected(False))
     reduced = caffe({"fc6.weight": torch.zeros(1024, 512, 3, 3)})
-    assert recognise(full).title == "Caffe's VGG16, fc6 and fc7 subsampled"
-    assert recognise(reduced).title == "Caffe's VGG16 reduced-fc"
+    for state, title in ((full, "VGG16, fc6 and fc7 subsampled"), (reduced, "VGG16 reduced-fc")):
+        lineage = recognise(state)
+        assert lineage.title == f"Caffe's {title}"
+        state["conv1_1.weight"] = torch.ones(2, 3, 3, 3)  # for an input that nothing divides
+        first = lineage.to_ours(state, "BGR", (2.0, 3.0, 4.0))[f"{OURS}conv1_1.weight"]
+        assert first[0, :, 0, 0].tolist() == [2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize("std", [(1.0, 1.0, 1.0), (58.0, 57.0, 56.0)])

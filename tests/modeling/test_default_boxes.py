@@ -181,6 +181,7 @@ def test_is_a_detectron2_anchor_generator():
         ({"min_sizes": [20.0]}, "MAX_SIZE"),
         ({"min_sizes": [0.0]}, "MIN_SIZES"),
         ({"aspect_ratios": [[2.0], [2.0]]}, "ASPECT_RATIOS"),
+        ({"aspect_ratios": []}, "ASPECT_RATIOS"),
         ({"min_sizes": [math.nan]}, "MIN_SIZES"),
         ({"max_size": math.inf}, "MAX_SIZE"),
         ({"steps": [8, 16]}, "STEPS"),
