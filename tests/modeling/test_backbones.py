@@ -302,6 +302,46 @@ def test_no_layer_without_an_output(make, last):
         assert list(dict(make().named_children()))[-1] == last
 
 
+def fan_out(outputs, inputs, area):  # He et al., 2015
+    return (2 / (outputs * area)) ** 0.5
+
+
+def xavier(outputs, inputs, area):
+    return (2 / ((outputs + inputs) * area)) ** 0.5
+
+
+def normal(*_):
+    return 0.03
+
+
+def extra_layers(**kwargs):
+    bottom_up = VGG16(out_features=["conv1_2"])
+    row = [32, 48, 3, 2, 1]
+    backbone = SSDBackbone(
+        bottom_up=bottom_up, in_features=["conv1_2"], extra_layers=[row], **kwargs
+    )
+    return backbone.extra_layers
+
+
+@pytest.mark.parametrize("make, std", [
+    (lambda: VGG16(out_features=["conv2_2"]), fan_out),
+    (lambda: mobilenet_v2_of_width(0.25, ["stage5"]), fan_out),
+    (extra_layers, xavier),
+    (lambda: extra_layers(block="separable", norm="BN", activation="ReLU6"), normal),
+    (lambda: SSDHead([32], [4], 20), xavier),
+    (lambda: SSDLiteHead([64], [4], 20), normal),
+])  # fmt: skip
+def test_weights_start_as_in_the_lineages(make, std):
+    torch.manual_seed(0)
+    convolutions = [x for x in make().modules() if isinstance(x, nn.Conv2d)]
+    assert all(x.bias is None or not x.bias.any() for x in convolutions)
+    large = [x.weight for x in convolutions if x.weight.numel() > 1000]
+    assert large
+    for weight in large:
+        expected = std(*weight.shape[:2], weight[0, 0].numel())
+        assert weight.std().item() == pytest.approx(expected, rel=0.1)
+
+
 def test_l2_norm_formula():
     layer = L2Norm(3)
     assert layer.weight.tolist() == [20.0] * 3
