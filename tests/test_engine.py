@@ -428,11 +428,15 @@ def test_a_script_without_loggers_sees_the_training(has_log, tiny_cfg, capsys, c
     assert told == [has_log, not has_log]
 
 
-def test_a_script_keeps_its_log_levels(tiny_cfg, capsys, caplog):
+@pytest.mark.parametrize("level", ["DEBUG", "ERROR"])
+def test_a_script_keeps_its_log_levels(tiny_cfg, capsys, caplog, level):
     for name in ("detectron2", "ssd"):
-        caplog.set_level("ERROR", name)
+        caplog.set_level(level, name)
+    caplog.handler.setLevel("NOTSET")
     Trainer(tiny_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", 2))
-    assert not caplog.text and not capsys.readouterr().out
+    assert bool(caplog.text) == (level == "DEBUG") and not capsys.readouterr().out
+    for name in ("detectron2", "ssd"):
+        assert logging.getLogger(name).level == getattr(logging, level)
 
 
 @pytest.mark.parametrize("key, opts", [
