@@ -92,7 +92,7 @@ def read_image(
 
 
 _JPEG = b"\xff\xd8"  # how such files begin
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # but those within a scan
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # but those within a scan
 _REDUCTIONS = {  # with a colour flag their "grayscale" doesn't hold
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
