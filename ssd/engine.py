@@ -181,13 +181,13 @@ class Trainer(DefaultTrainer):
         return self._average.model if self._average else getattr(self.model, "module", self.model)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        folder = self.cfg.OUTPUT_DIR
-        if not resume and comm.is_main_process() and holds_training(folder):
-            last = os.path.basename(self.checkpointer.get_checkpoint_file()) or "none"
+        if not resume and comm.is_main_process() and self.checkpointer.has_checkpoint():
+            path = os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint")
+            last = os.path.basename(self.checkpointer.get_checkpoint_file())
             logger.warning(
-                f"{folder} holds a training (its last checkpoint: {last}), whose files this one "
-                "writes over. To go on with that one, stop now and add --resume; to keep both, set "
-                "OUTPUT_DIR"
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} holds a training, whose files this one writes "
+                f"over; another OUTPUT_DIR keeps both. To go on with that one, stop this one, "
+                f"write {last} into {path} again and add --resume"
             )
         base_lrs = list(getattr(self.scheduler, "base_lrs", []))  # not all of torch's have them
         super().resume_or_load(resume)

@@ -296,7 +296,8 @@ def test_best_checkpoint_is_kept_also_across_a_resume(tiny_cfg, caplog):
     assert "holds a training" not in caplog.text
     _, best = run(3, [1.0, 2.0, 0.0], resume=False)  # a new run has no memory
     assert best["value"] == 2.0
-    assert "holds a training (its last checkpoint: model_final.pth)" in caplog.text
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    assert f"write model_final.pth into {last} again and add --resume" in caplog.text
     with pytest.raises(FileNotFoundError, match="model_best.json"):
         run(2, [float("nan")] * 2, resume=False)
     _, best = run(3, [float("nan"), 0.5], resume=True)  # nor a resumed one of it

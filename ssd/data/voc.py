@@ -61,11 +61,11 @@ def read_voc(
         found, image = images.get(image_id, []), f"{image_id}.jpg"
         if image not in found:
             image = image_id + os.path.splitext(tree.findtext("filename", ""))[1]
-        if image not in found and len(found) == 1:
-            image = found[0]
         file_name = os.path.join(image_folder, image)
-        if image not in found:
-            require(file_name, f"{image_id!r} in {list_file}, {key}.SPLIT")
+        if image not in found and not os.path.isfile(file_name):
+            if len(found) != 1:
+                require(file_name, f"{image_id!r} in {list_file}, {key}.SPLIT")
+            file_name = os.path.join(image_folder, found[0])
         sides = [_number(tree.find("size"), side) for side in ("height", "width")]
         if not all(1 <= side < math.inf for side in sides):
             sides = image_size(file_name)

@@ -79,17 +79,14 @@ def read_yolo(
         require(label_files[0], f"{key}.LABELS; no image has a label file")
     if missing:
         logger.info(f"{images}: {missing} of {len(records)} images have no label file: no objects")
-    if not is_list and (spare := sorted(_label_files_beside(label_files) - set(label_files))):
-        logger.warning(f"{images}: {len(spare)} label files are of no image there: {spare[0]} …")
+    if not (is_list or labels):  # which may be of several sets
+        folders = {os.path.dirname(x) for x in label_files}
+        folders -= {os.path.dirname(x["file_name"]) for x in records}  # notes may lie there
+        paths = (os.path.join(x, y) for x in filter(os.path.isdir, folders) for y in os.listdir(x))
+        spare = {x for x in paths if x.endswith(".txt")} - set(label_files)
+        if spare:
+            logger.warning(f"{images}: {len(spare)} label files are of no image: {min(spare)} …")
     return records
-
-
-def _label_files_beside(paths: Sequence[str]) -> set[str]:
-    found = set()
-    for folder in filter(os.path.isdir, {os.path.dirname(path) for path in paths}):
-        names = (x for x in os.listdir(folder) if x.endswith(".txt") and x not in _CLASS_FILES)
-        found.update(os.path.join(folder, name) for name in names)
-    return found
 
 
 def _listed_images(path: str) -> list[str]:

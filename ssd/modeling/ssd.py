@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -28,6 +29,8 @@ from ssd.modeling.postprocessing import (
 )
 
 __all__ = ["SSD"]
+
+logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -105,16 +108,7 @@ class SSD(DenseDetector):
 
         map_sizes = self._feature_map_sizes()
         boxes = default_box_generator.per_level(map_sizes)
-        middle = torch.tensor(self.input_size[::-1]) / 2
-        for level, (map_size, level_boxes) in enumerate(zip(map_sizes, boxes)):
-            center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
-            far = (center / middle - 1).abs() > 0.1  # in SSD300 up to 0.07
-            if not far.is_meta and far.any():
-                raise ValueError(
-                    f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {map_size[0]} "
-                    f"rows and {map_size[1]} columns, around x and y {center.tolist()} in an input "
-                    f"of (height, width) {self.input_size}; STEPS [] takes what fits"
-                )
+        _check_centers(boxes, map_sizes, self.input_size)
         self.boxes_per_level = [len(level) for level in boxes]
         self.register_buffer("default_boxes", torch.cat(boxes), persistent=False)
         if topk_per == "level":
@@ -248,13 +242,12 @@ class SSD(DenseDetector):
 
     def _stack(self, images: List[Tensor]) -> Tensor:
         """A batch on the model's device, copied from memory that a GPU reads without waiting."""
-        batch = _as_one(images)
         if images[0].is_cuda or self.device.type != "cuda":
-            return (torch.stack(images) if batch is None else batch).to(self.device)
+            return torch.stack(images).to(self.device)
         if images[0].is_pinned():  # by the loader
-            if batch is None:
-                return torch.stack([x.to(self.device, non_blocking=True) for x in images])
-            return batch.to(self.device, non_blocking=True)
+            if (batch := _as_one(images)) is not None:
+                return batch.to(self.device, non_blocking=True)
+            return torch.stack([x.to(self.device, non_blocking=True) for x in images])
         pinned = images[0].new_empty((len(images), *images[0].shape), pin_memory=True)
         return torch.stack(images, out=pinned).to(self.device, non_blocking=True)
 
@@ -393,14 +386,34 @@ class SSD(DenseDetector):
         return sizes
 
 
+def _check_centers(
+    boxes: Sequence[Tensor], map_sizes: Sequence[Tuple[int, int]], input_size: Tuple[int, int]
+) -> None:
+    """Whether each level's default boxes are spread over the input, not beside it."""
+    for level, (level_boxes, (rows, columns)) in enumerate(zip(boxes, map_sizes)):
+        center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
+        ratio = center / torch.tensor(input_size[::-1]) * 2
+        if ratio.is_meta or ((ratio - 1).abs() < 0.1).all():  # 1.07 in SSD300
+            continue
+        text = (
+            f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {rows} rows and "
+            f"{columns} columns, around x and y {center.tolist()} in an input of (height, width) "
+            f"{input_size}; STEPS [] takes what fits, but for weights that were trained so"
+        )
+        if (ratio > 1.9).any():  # more than rounding up a map's size can explain
+            raise ValueError(text)
+        logger.warning(text)
+
+
 def _as_one(images: Sequence[Tensor]) -> Optional[Tensor]:
     """The batch, without a copy, of images that lie one behind the other in one memory, as those
     that come from a loader's worker; None for others."""
     first, start, size = images[0], images[0].storage_offset(), images[0].numel()
     for i, x in enumerate(images):
-        if not x.is_contiguous() or x.storage_offset() != start + i * size:
+        if x.requires_grad or not x.is_contiguous() or x.storage_offset() != start + i * size:
             return None
-    if len(images) > 1 and len({x.untyped_storage().data_ptr() for x in images}) > 1:
+    memories = [x.untyped_storage() for x in images]
+    if len({(memory.data_ptr(), memory.nbytes()) for memory in memories}) > 1:
         return None
     return first.as_strided((len(images), *first.shape), (size, *first.stride()))
 

@@ -69,6 +69,9 @@ def test_voc_image_of_another_type_and_unknown_size(tmp_path):
     write_voc(tmp_path, {"c": voc_xml(name="renamed.jpg"), "d": voc_xml(name="d")}, suffix=".PNG")
     records = read_voc(str(tmp_path), "train", ["cat"])
     assert [os.path.basename(x["file_name"]) for x in records] == ["c.PNG", "d.PNG"]
+    (tmp_path / "JPEGImages/c.jpe").touch()  # named, so taken
+    write_voc(tmp_path, {"c": voc_xml(name="c.jpe")}, suffix=".PNG")
+    assert read_voc(str(tmp_path), "train", ["cat"])[0]["file_name"].endswith("c.jpe")
 
 
 def test_voc_files_of_windows_and_sizes_that_are_none(tmp_path):

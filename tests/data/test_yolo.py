@@ -89,14 +89,19 @@ def test_yolo_label_files_and_lists(tmp_path):
 
 def test_yolo_names_labels_without_an_image(tmp_path, caplog):
     write_yolo(tmp_path, {"a.jpg": [], "sub/b.jpg": ["0 .5 .5 1 1"], "c.jpg": None})
-    for name in ("classes.txt", "sub/photo.heic.txt", "notes.md", "d.txt"):
+    for name in ("sub/photo.heic.txt", "notes.md", "d.txt"):
         (tmp_path / "labels/train" / name).touch()
     images = str(tmp_path / "images/train")
-    assert len(read_yolo(images, str(tmp_path / "labels/train"), ["cat"])) == 3
-    assert f"{images}: 2 label files are of no image there: " in caplog.text
+    assert len(read_yolo(images, "", ["cat"])) == 3
+    path = tmp_path / "labels/train/d.txt"
+    assert f"{images}: 2 label files are of no image: {path}" in caplog.text
     caplog.clear()
     (tmp_path / "some.txt").write_text("images/train/a.jpg")
     assert len(read_yolo(str(tmp_path / "some.txt"), "", ["cat"])) == 1
+    assert len(read_yolo(images, str(tmp_path / "labels/train"), ["cat"])) == 3
+    write_yolo(tmp_path / "beside", {"a.jpg": ["0 .5 .5 1 1"]}, "x", "x")
+    (tmp_path / "beside/x/README.txt").touch()
+    assert len(read_yolo(str(tmp_path / "beside/x"), "", ["cat"])[0]["annotations"]) == 1
     assert "are of no image" not in caplog.text
 
 

@@ -18,6 +18,7 @@ from trainers import joined
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
 from ssd.modeling import SSDHead
+from ssd.modeling.ssd import _as_one
 
 BASES = Path(__file__).parents[2] / "labs/_base_"
 # Four levels (12, 6, 3, 2 cells) on 96×96 pixels
@@ -84,19 +85,29 @@ def batch(last_class=2):
 
 
 def test_images_of_one_memory_are_a_batch_without_a_copy():
-    model = make_model()
     memory = torch.arange(4 * 3 * 6 * 5, dtype=torch.uint8).view(4, 3, 6, 5)
     for images in (list(memory), list(memory[1:3]), [memory[2]]):
-        found = model._stack(images)
+        found = _as_one(images)
         assert torch.equal(found, torch.stack(images)) and found.data_ptr() == images[0].data_ptr()
-    others = torch.zeros(3, 6, 5, dtype=torch.uint8)
+    array = memory.numpy()
     for images in (
-        [memory[1], memory[0]], [memory[0], memory[2]], [memory[0], memory[0]], [memory[3], others],
-        list(memory.transpose(2, 3)), list(memory[:, :, :, ::2]),
-        list(memory.transpose(0, 1)),
+        [memory[1], memory[0]], [memory[0], memory[2]], [memory[0], memory[0]],
+        [memory[0], torch.zeros(3, 6, 5, dtype=torch.uint8)],
+        [torch.from_numpy(array[0]), torch.from_numpy(array)[1]],  # one memory, of two lengths
+        list(memory.transpose(2, 3)), list(memory[:, :, :, ::2]), list(memory.transpose(0, 1)),
+        list(memory.float().requires_grad_()),
     ):  # fmt: skip
-        found = model._stack(images)
-        assert torch.equal(found, torch.stack(images)) and found.data_ptr() != images[0].data_ptr()
+        assert _as_one(images) is None
+
+
+def test_steps_beside_the_input(caplog):
+    fits = make_model(*"MODEL.SSD.DEFAULT_BOXES.STEPS [8,16,32,51]".split())
+    assert torch.equal(fits.default_boxes[: 12 * 12 * 4], make_model().default_boxes[: 12 * 12 * 4])
+    assert "STEPS" not in caplog.text
+    make_model(*"MODEL.SSD.DEFAULT_BOXES.STEPS [8,16,32,64]".split())  # strides, of 2 cells in 96
+    assert "level 3, 2 rows and 2 columns, around x and y [64.0, 64.0]" in caplog.text
+    with pytest.raises(ValueError, match=r"DEFAULT_BOXES.STEPS put the boxes of level 0, 12 rows"):
+        make_model(*"MODEL.SSD.DEFAULT_BOXES.STEPS [16,16,32,48]".split())
 
 
 @pytest.mark.parametrize("base", ["ssd300_vgg16", "ssdlite_mobilenetv2"])

@@ -11,13 +11,12 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 from detectron2.data import MetadataCatalog
 
-from dataset_checks.reading import DataSet, Finding, ImageFile, object_key
+from dataset_checks.reading import DARK, DataSet, Finding, ImageFile, object_key
 from ssd.data.boxes import find_box_defects, xyxy_boxes
 
 ALIKE = 0.97  # correlation of two thumbnails
 SMALL = 8  # pixels of the network's input
 FEW = 20  # objects of a class
-DARK = 32  # of 255
 
 
 class _Findings(list):

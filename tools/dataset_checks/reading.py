@@ -22,6 +22,7 @@ from ssd.data.files import image_size
 from ssd.data.mapper import read_image
 
 THUMBNAIL = 16  # side in pixels
+DARK = 32  # of 255
 # From this many pixels of the shorter side on, an image is decoded in lower resolution.
 REDUCED = (
     (1024, cv2.IMREAD_REDUCED_GRAYSCALE_8),
@@ -223,18 +224,19 @@ def _read_images(
 ) -> Dict[int, Optional[dict]]:
     """The records by image id. None: several images have it, and no one knows whose objects are
     its annotations."""
-    rows = {(image.get("id"), image.get("file_name")): image for image in images}
-    counts = Counter(number for number, _ in rows)
-    records = {}
-    for image in images:
+    keys = [(image.get("id"), image.get("file_name")) for image in images]
+    for (number, name), n in Counter(keys).items():
+        if n > 1 and None not in (number, name):
+            problems["images that are listed twice"].append(f"{name}: id {number}")
+    rows = dict(zip(keys, images))  # the last one counts, as in training
+    counts, records = Counter(number for number, _ in rows), {}
+    for image in rows.values():
         name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
         if name is None or "id" not in image:
             problems["images without id or file_name"].append(str(image)[:80])
         elif counts[image["id"]] > 1:
             problems["images with the id of another"].append(f"{name}: id {image['id']}")
             records[image["id"]] = None
-        elif image["id"] in records:
-            problems["images that are listed twice"].append(f"{name}: id {image['id']}")
         else:
             if any(side and not isinstance(side, (int, float)) for side in sides):
                 problems["images whose height or width is no number"].append(name)
@@ -327,10 +329,13 @@ def scan_file(name: str) -> ImageFile:
         if grey is None:
             read_image(name)
             raise ValueError(f"image {name} can't be decoded")
+        brightest = int(grey.max())
+        if brightest < DARK:  # or small, or of one colour
+            brightest = int(read_image(name).max())
     except (OSError, ValueError, cv2.error) as error:
         return ImageFile(str(error))
     digest = hashlib.sha256(data).digest()
-    thumbnail, brightest = _thumbnail(grey), int(grey.max())
+    thumbnail = _thumbnail(grey)
     return ImageFile("", (height, width), orientation, digest, thumbnail, is_tiff, brightest)
 
 
