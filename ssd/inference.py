@@ -90,9 +90,10 @@ class CudaGraph:
 
     def __init__(self, function: Callable[..., Tuple[Tensor, ...]]):
         self._function = function
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops what is recorded, as when the weights are elsewhere."""
         self._graphs, self._largest, self._pool, self._stream = {}, 0, None, None
 
     def __getstate__(self) -> Dict:
@@ -113,7 +114,7 @@ class CudaGraph:
         if key not in self._graphs:
             stream, size = torch.cuda.current_stream(), args[0].numel()
             if size > self._largest:
-                self._forget()
+                self.forget()
                 torch.cuda.empty_cache()
                 self._largest = size
             try:
@@ -122,6 +123,8 @@ class CudaGraph:
                 torch.cuda.set_stream(stream)  # not the recording one
                 logger.warning("TEST.CUDA_GRAPH isn't used for %s: %s", key, error)
                 self._graphs[key] = None
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    self._largest = 0  # of what holds memory
         if self._graphs[key] is None:
             return self._function(*args)
         graph, inputs, outputs = self._graphs[key]
@@ -151,14 +154,21 @@ class CudaGraph:
     def _check_that_nothing_waits(self, inputs: List[Tensor]) -> None:
         """Before the recording: one that fails breaks torch's generators and allocator."""
         mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught:
+        caught, own = [], threading.get_ident()
+
+        def note(message, *_, **__):
+            if threading.get_ident() == own:  # other threads may wait for their results
+                caught.append(str(message))
+
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.showwarning = note
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 self._function(*inputs)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        if any("called a synchronizing" in str(x.message) for x in caught):
+        if any("called a synchronizing" in x for x in caught):
             raise RuntimeError("it waits for the GPU")
 
 
@@ -186,6 +196,8 @@ class _ConvReLU(Conv2d):
     """Convolution, bias and ReLU or ReLU6 by one kernel of cuDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:  # the model has been moved
+            return super().forward(x.to(self.weight.dtype))
         x = torch.cudnn_convolution_relu(
             x.to(self.weight.dtype), self.weight, self.bias,
             self.stride, self.padding, self.dilation, self.groups,

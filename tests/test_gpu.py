@@ -91,6 +91,9 @@ def test_a_used_model_can_be_optimised_copied_and_moved(model):
         assert torch.equal(found.scores, expected.scores)
     del found, other
     assert len(fast.cpu()(inputs)[0]["instances"]) == len(expected)
+    fast.cuda()
+    assert not fast.infer._graphs  # they read where the weights were
+    assert torch.equal(fast(inputs)[0]["instances"].scores, expected.scores)
 
 
 def test_threads_that_share_a_graph_get_their_own_detections(model):

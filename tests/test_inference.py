@@ -129,12 +129,15 @@ class SharedResults:
         return self._results
 
 
-def test_a_graph_that_is_copied_or_has_left_the_gpu():
+def test_a_graph_that_is_copied_or_has_left_the_gpu(tiny_cfg):
     graph = CudaGraph(torch.sin)
     graph._graphs["recorded"] = threading.RLock()  # which can't be copied either
     for other in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph)), graph):
         x = torch.rand(3)
         assert torch.equal(other(x), x.sin()) and (other is graph or other._graphs == {})
+    model = build_model(tiny_cfg())
+    model.infer = graph
+    assert model.to("cpu").infer is graph and graph._graphs == {}
 
 
 def test_threads_that_share_a_graph_get_their_own_detections(tiny_cfg):

@@ -199,6 +199,12 @@ class SSD(DenseDetector):
             results = self.detect(scores, deltas, sizes, first=first)
         return [{"instances": instances} for instances in results]
 
+    def _apply(self, *args, **kwargs):
+        moved = super()._apply(*args, **kwargs)
+        if hasattr(self.infer, "forget"):  # a CUDA graph, which reads the weights' old memory
+            self.infer.forget()
+        return moved
+
     def infer(self, images: Tensor, output: Tensor) -> Tuple[Tensor, ...]:
         """The network and the first attempt to find detections, of fixed shapes.
 
