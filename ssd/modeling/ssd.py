@@ -395,7 +395,7 @@ class SSD(DenseDetector):
 def _check_centers(
     boxes: Sequence[Tensor], map_sizes: Sequence[Tuple[int, int]], input_size: Tuple[int, int]
 ) -> None:
-    """Whether each level's default boxes are spread over the input, not beside it."""
+    """Whether each level's default boxes, (R, 4) XYXY, are spread over the input, not beside it."""
     for level, (level_boxes, (rows, columns)) in enumerate(zip(boxes, map_sizes)):
         center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
         ratio = center / torch.tensor(input_size[::-1]) * 2
@@ -412,8 +412,8 @@ def _check_centers(
 
 
 def _as_one(images: Sequence[Tensor]) -> Optional[Tensor]:
-    """The batch, without a copy, of images that lie one behind the other in one memory, as those
-    that come from a loader's worker; None for others."""
+    """The batch (N, C, H, W), without a copy, of N images (C, H, W) that lie one behind the other
+    in one memory, as those that come from a loader's worker; None for others."""
     first, start, size = images[0], images[0].storage_offset(), images[0].numel()
     for i, x in enumerate(images):
         if x.requires_grad or not x.is_contiguous() or x.storage_offset() != start + i * size:
