@@ -234,4 +234,4 @@ def compile_network(model: SSD) -> None:
         module.compile()
     model.multibox_loss = torch.compile(model.multibox_loss)
     if model.device.type == "cuda":
-        model.first_detections = torch.compile(model.first_detections)
+        model.best_detections = torch.compile(model.best_detections)

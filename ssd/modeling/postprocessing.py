@@ -18,7 +18,6 @@ __all__ = [
     "class_scores",
     "decode_boxes",
     "detect",
-    "first_detections",
     "never_waits",
     "output_transform",
     "rank_in_group",
@@ -34,10 +33,10 @@ _NMS_PASSES = 16  # of the rule, there
 def class_scores(logits: Tensor, score_function: str) -> Tensor:
     """Logits (…, K + 1), the background last, to foreground probabilities (…, K), at least in
     float32. ``score_function``: ``"softmax"`` or ``"sigmoid"``."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     if score_function == "softmax":
-        return logits.softmax(dim=-1)[..., :-1]
-    return logits[..., :-1].sigmoid()
+        return logits.softmax(dim=-1, dtype=dtype)[..., :-1]
+    return logits[..., :-1].to(dtype).sigmoid()
 
 
 def decode_boxes(
@@ -193,13 +192,14 @@ def _suppresses(boxes: Tensor, cls: Tensor, nms_thresh: float) -> Tensor:
 
 
 def best_detections(
-    scores: Tensor,
+    logits: Tensor,
     deltas: Tensor,
     default_boxes: Tensor,
     image_size: Tuple[int, int],
     output: Optional[Tensor] = None,
     *,
     attempt: int = 0,
+    score_function: str,
     group: Tensor,
     num_groups: int,
     score_thresh: float,
@@ -217,6 +217,7 @@ def best_detections(
 
     Args:
         output: of :func:`output_transform`.
+        score_function: see :func:`class_scores`.
         attempt: the best 4 · ``detections_per_image`` pairs are tried, then 4 times as many, ….
         clip: ``"before_nms"``, where boxes outside the image are dropped too (MMDetection;
             torchvision keeps them, without area), or ``"after_nms"`` (Caffe).
@@ -229,13 +230,15 @@ def best_detections(
     if clip not in ("before_nms", "after_nms"):
         raise ValueError(f"MODEL.SSD.CLIP_TEST: 'before_nms' or 'after_nms', got {clip!r}")
     height, width = image_size
+    scores = class_scores(logits, score_function)
     num_classes, count = scores.shape[2], _num_candidates(detections_per_image, attempt)
     box, cls, score, valid, complete = select_candidates(
         scores, score_thresh, topk_candidates, group, count
     )
     complete |= valid.sum(dim=1) == num_groups * topk_candidates
     image = torch.arange(len(scores), device=scores.device)[:, None]
-    boxes = decode_boxes(deltas[image, box], default_boxes[box], bbox_reg_weights, bbox_reg_clamp)
+    deltas = deltas[image, box].to(scores.dtype)
+    boxes = decode_boxes(deltas, default_boxes[box], bbox_reg_weights, bbox_reg_clamp)
     # not Boxes.clip: it refuses the infinite sizes that an unclamped decoding can give
     x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
     clipped = torch.stack([x, y], dim=-1).flatten(2)
@@ -272,16 +275,6 @@ def never_waits(num_pairs: int, detections_per_image: int) -> bool:
     return min(num_pairs, _num_candidates(detections_per_image)) <= _GPU_PAIRS
 
 
-def first_detections(
-    logits: Tensor, deltas: Tensor, *args, score_function: str, **settings
-) -> Tuple[Tensor, ...]:
-    """Probabilities (N, R, K), offsets (N, R, 4) of their type, and what :func:`best_detections`
-    finds among them with the further arguments at its first attempt."""
-    scores = class_scores(logits, score_function)
-    deltas = deltas.to(scores.dtype)
-    return scores, deltas, *best_detections(scores, deltas, *args, **settings)
-
-
 def output_transform(sizes: Sequence[Tuple[int, int]], image_size: Tuple[int, int]) -> Tensor:
     """(N, 4) float64: what boxes in x and y are multiplied by and clipped to, if images of (height,
     width) ``sizes`` were resized to ``image_size`` for the network."""
@@ -300,7 +293,7 @@ def _true_first(mask: Tensor) -> Tensor:
 
 
 def detect(
-    scores: Tensor,
+    logits: Tensor,
     deltas: Tensor,
     default_boxes: Tensor,
     image_size: Tuple[int, int],
@@ -316,7 +309,7 @@ def detect(
     and then lower classes come first.
 
     Args:
-        scores: (N, R, K) foreground probabilities.
+        logits: (N, R, K + 1), the background last.
         deltas: (N, R, 4) predicted offsets.
         default_boxes: (R, 4).
         image_size: (height, width) of the network's input: boxes are clipped to it.
@@ -329,15 +322,15 @@ def detect(
         N ``Instances`` with ``pred_boxes``, ``scores``, ``pred_classes``, highest score first;
         of length 0 where nothing passes.
     """
-    results, todo, attempt = [None] * len(scores), list(range(len(scores))), 0
+    results, todo, attempt = [None] * len(logits), list(range(len(logits))), 0
     while todo:
         if attempt or first is None:
             output = None
             if output_sizes is not None:
                 output = output_transform([output_sizes[i] for i in todo], image_size)
-                output = output.to(scores.device)
+                output = output.to(logits.device)
             first = best_detections(
-                scores, deltas, default_boxes, image_size, output, attempt=attempt, **settings
+                logits, deltas, default_boxes, image_size, output, attempt=attempt, **settings
             )
         *found, status = first
         for i, boxes, score, cls in zip(todo, *(x.unbind() for x in found)):
@@ -354,5 +347,5 @@ def detect(
                 unfinished.append(row)
         todo, attempt = [todo[row] for row in unfinished], attempt + 1
         if unfinished:
-            scores, deltas = scores[unfinished], deltas[unfinished]
+            logits, deltas = logits[unfinished], deltas[unfinished]
     return results

@@ -21,12 +21,7 @@ from ssd.modeling.blocks import BATCH_NORMS, pad_as_tensorflow
 from ssd.modeling.default_boxes import DefaultBoxGenerator
 from ssd.modeling.head import SSDHead, SSDLiteHead
 from ssd.modeling.multibox import encode_boxes, loss_divisor, match_default_boxes, multibox_loss
-from ssd.modeling.postprocessing import (
-    class_scores,
-    detect,
-    first_detections,
-    output_transform,
-)
+from ssd.modeling.postprocessing import best_detections, detect, output_transform
 
 __all__ = ["SSD"]
 
@@ -93,12 +88,9 @@ class SSD(DenseDetector):
         self.input_format = input_format
         self.num_classes = head.num_classes
         self.matching, self.loss_normalizer = matching, loss_normalizer
-        self.score_function = loss["score_function"]
-        # what MODEL.COMPILE replaces
+        # MODEL.COMPILE replaces these two
         self.multibox_loss = functools.partial(multibox_loss, **loss)
-        self.first_detections = functools.partial(
-            first_detections, score_function=self.score_function
-        )
+        self.best_detections = best_detections
         self.box_weight, self.detection = box_weight, detection
         # on the device: a list would have to be copied there in each step
         weights = torch.tensor(bbox_reg_weights)
@@ -164,6 +156,7 @@ class SSD(DenseDetector):
             "loss_normalizer": ssd.LOSS.NORMALIZER,
             "box_weight": ssd.LOSS.BOX_WEIGHT,
             "detection": {
+                "score_function": ssd.SCORE_FUNCTION,
                 "score_thresh": ssd.SCORE_THRESH_TEST,
                 "topk_candidates": ssd.TOPK_CANDIDATES_TEST,
                 "nms_thresh": ssd.NMS_THRESH_TEST,
@@ -194,9 +187,9 @@ class SSD(DenseDetector):
         ]
         output = output_transform(sizes, self.input_size).to(self.device, non_blocking=True)
         with getattr(self.infer, "turn", contextlib.nullcontext()):  # a CUDA graph's
-            scores, deltas, *first = self.infer(images.tensor, output)
+            logits, deltas, *first = self.infer(images.tensor, output)
             first = [x.clone() for x in first]  # the graph's own are those of the next call, too
-            results = self.detect(scores, deltas, sizes, first=first)
+            results = self.detect(logits, deltas, sizes, first=first)
         return [{"instances": instances} for instances in results]
 
     def _apply(self, *args, **kwargs):
@@ -213,7 +206,7 @@ class SSD(DenseDetector):
             output: (N, 4), see :func:`output_transform`.
 
         Returns:
-            scores (N, R, K), offsets (N, R, 4), and what :func:`best_detections` finds among them.
+            logits (N, R, K + 1), offsets (N, R, 4), and what :func:`best_detections` finds.
         """
         enabled = self.inference_dtype is not None
         with torch.autocast(self.device.type, self.inference_dtype, enabled=enabled):
@@ -225,9 +218,10 @@ class SSD(DenseDetector):
     def find(
         self, logits: Tensor, deltas: Tensor, output: Optional[Tensor] = None
     ) -> Tuple[Tensor, ...]:
-        """As :meth:`infer`, from the network's logits (N, R, K + 1) and offsets (N, R, 4) on."""
+        """As :meth:`infer`, from the network's logits and offsets on."""
         boxes, settings = self.default_boxes, self._detection_settings()
-        return self.first_detections(logits, deltas, boxes, self.input_size, output, **settings)
+        first = self.best_detections(logits, deltas, boxes, self.input_size, output, **settings)
+        return logits, deltas, *first
 
     @property
     def memory_format(self) -> torch.memory_format:  # as an attribute torch.save couldn't write it
@@ -314,10 +308,10 @@ class SSD(DenseDetector):
         losses = {"loss_cls": loss_cls, "loss_box_reg": self.box_weight * loss_box_reg}
         return losses, loss_divisor(matched, self.loss_normalizer)
 
-    def detect(self, scores: Tensor, deltas: Tensor, sizes=None, **kwargs) -> List[Instances]:
+    def detect(self, logits: Tensor, deltas: Tensor, sizes=None, **kwargs) -> List[Instances]:
         """:func:`ssd.modeling.postprocessing.detect` with this model's settings."""
         boxes, settings = self.default_boxes, self._detection_settings()
-        return detect(scores, deltas, boxes, self.input_size, sizes, **settings, **kwargs)
+        return detect(logits, deltas, boxes, self.input_size, sizes, **settings, **kwargs)
 
     def _detection_settings(self) -> Dict:
         return {
@@ -326,10 +320,6 @@ class SSD(DenseDetector):
             "bbox_reg_weights": self.bbox_reg_weights,
             **self.detection,
         }
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """:func:`ssd.modeling.postprocessing.class_scores` with this model's function."""
-        return class_scores(logits, self.score_function)
 
     def _flatten(self, predictions: Tuple[List[Tensor], List[Tensor]]) -> Tuple[Tensor, Tensor]:
         logits, deltas = self.head.flatten(*predictions)

@@ -386,8 +386,7 @@ def detections(rows, *opts):
             deltas[0, i] = tensor(offsets[0])
     model = build_model(caffe_config(*opts))
     logits, deltas = model.head.flatten([maps(probabilities.log())], [maps(deltas)])
-    scores, deltas, *first = model.find(logits, deltas)
-    (result,) = model.detect(scores, deltas, first=first)
+    (result,) = model.detect(logits, deltas)
     boxes = [[round(x, 2) for x in box] for box in result.pred_boxes.tensor.tolist()]
     scores = [round(x, 4) for x in result.scores.tolist()]
     return list(zip(result.pred_classes.tolist(), scores, boxes))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.postprocessing import detector_postprocess
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
@@ -12,9 +13,9 @@ from ssd.modeling.postprocessing import (
     _nms_per_class,
     _nms_without_waiting,
     best_detections,
+    class_scores,
     decode_boxes,
     detect,
-    first_detections,
     never_waits,
     rank_in_group,
     select_candidates,
@@ -82,18 +83,25 @@ def slow_candidates(scores, group, thresh, topk):
 
 
 def random_predictions(num_images=3, boxes=30, classes=4):
+    """Logits, whose softmax are the scores, offsets and default boxes."""
     generator = torch.Generator().manual_seed(3)
-    scores = (torch.randn(num_images, boxes, classes + 1, generator=generator) * 2).softmax(-1)
+    logits = torch.randn(num_images, boxes, classes + 1, generator=generator) * 2
     deltas = torch.randn(num_images, boxes, 4, generator=generator) * 2
     corner = torch.rand(boxes, 2, generator=generator) * torch.tensor([90.0, 60.0])
     sizes = 10 + torch.rand(boxes, 2, generator=generator) * 50
-    return scores[..., :-1], deltas, torch.cat([corner, corner + sizes], -1)
+    return logits, deltas, torch.cat([corner, corner + sizes], -1)
+
+
+def sigmoid_logits(scores):
+    """Those whose sigmoid the scores (…, K) are, but for rounding, with a background that has no
+    meaning."""
+    return F.pad(scores.logit(), (0, 1))
 
 
 @pytest.mark.parametrize("kind", ["level", "class"])
 @pytest.mark.parametrize("topk", [1, 5, 1000])
 def test_candidates_equal_a_slow_loop(kind, topk):
-    scores, _, _ = random_predictions()
+    scores = class_scores(random_predictions()[0], "softmax")
     group, _ = groups(kind)
     for count in (10, 1000):
         box, cls, found, candidate, complete = select_candidates(scores, 0.1, topk, group, count)
@@ -105,13 +113,13 @@ def test_candidates_equal_a_slow_loop(kind, topk):
             assert torch.equal(found[i][candidate[i]], scores[i][tuple(zip(*actual))])
 
 
-def run_detect(scores, deltas, default_boxes, kind="class", **kwargs):
-    group, num_groups = groups(kind, *scores.shape[1:])
+def run_detect(logits, deltas, default_boxes, kind="class", **kwargs):
+    group, num_groups = groups(kind, logits.shape[1], logits.shape[2] - 1)
     kwargs = {
-        "score_thresh": 0.1, "topk_candidates": 8, "nms_thresh": 0.45,
+        "score_function": "softmax", "score_thresh": 0.1, "topk_candidates": 8, "nms_thresh": 0.45,
         "detections_per_image": 15, "bbox_reg_weights": WEIGHTS, "bbox_reg_clamp": "none", **kwargs,
     }  # fmt: skip
-    return detect(scores, deltas, default_boxes, SIZE, group=group, num_groups=num_groups, **kwargs)
+    return detect(logits, deltas, default_boxes, SIZE, group=group, num_groups=num_groups, **kwargs)
 
 
 def slow_iou(a, b):
@@ -144,13 +152,16 @@ def slow_detections(scores, deltas, default_boxes, kind, thresh, topk, nms_thres
     return [result[:3] for result in results[:kept]]
 
 
-def check_detections(scores, deltas, default_boxes, kind, thresh, topk, nms_thresh, kept, clip):
+def check_detections(
+    logits, deltas, default_boxes, kind, thresh, topk, nms_thresh, kept, clip, function="softmax"
+):
     """Compares detections of N images with slow ones; returns how many there are."""
     results = run_detect(
-        scores, deltas, default_boxes, kind, score_thresh=thresh, topk_candidates=topk,
-        nms_thresh=nms_thresh, detections_per_image=kept, clip=clip,
+        logits, deltas, default_boxes, kind, score_thresh=thresh, topk_candidates=topk,
+        nms_thresh=nms_thresh, detections_per_image=kept, clip=clip, score_function=function,
     )  # fmt: skip
-    assert len(results) == len(scores)
+    assert len(results) == len(logits)
+    scores = class_scores(logits, function)
     for i, result in enumerate(results):
         expected = slow_detections(
             scores[i], deltas[i], default_boxes, kind, thresh, topk, nms_thresh, kept, clip
@@ -188,35 +199,40 @@ def test_detections_of_unusual_scores_equal_slow_ones(kind, seed):
     scores[5, :25] = 0.5
     for thresh, topk, kept in ((0.0, 3, 2), (0.25, 7, 4), (0.0, 1000, 1), (0.5, 1000, 100)):
         for clip in ("before_nms", "after_nms"):
-            check_detections(scores, deltas, default_boxes, kind, thresh, topk, 0.45, kept, clip)
+            check_detections(
+                sigmoid_logits(scores), deltas, default_boxes, kind, thresh, topk, 0.45, kept, clip,
+                "sigmoid",
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("kept", [1, 2, 5, 40])
 def test_detections_behind_many_overlapping_ones(kept):
     """Images that need all pairs until NMS leaves enough, beside one that needs the first."""
     _, _, default_boxes = random_predictions()
-    scores = torch.rand(3, 30, 4, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(3, 30, 4, generator=torch.Generator().manual_seed(0)) / 2
     default_boxes[:20] = torch.tensor([10.0, 10, 50, 50]) + torch.linspace(0, 1, 20)[:, None]
-    scores[1, :20] += 1
+    scores[1, :20] += 0.5
     deltas = torch.zeros(3, 30, 4)
     for topk in (15, 1000):
         for kind in ("level", "class"):
             check_detections(
-                scores, deltas, default_boxes, kind, 0.0, topk, 0.45, kept, "before_nms"
-            )
+                sigmoid_logits(scores), deltas, default_boxes, kind, 0.0, topk, 0.45, kept,
+                "before_nms", "sigmoid",
+            )  # fmt: skip
 
 
 def test_more_boxes_than_one_nms_call_takes():
     """All of 800 boxes × 4 classes: NMS goes class by class, which changes nothing."""
-    scores, deltas, default_boxes = random_predictions(1, 800)
-    group = torch.arange(4)[None]
+    logits, deltas, default_boxes = random_predictions(1, 800)
+    logits, group = sigmoid_logits(class_scores(logits, "softmax")), torch.arange(4)[None]
     results = [
         detect(
-            scores[..., classes], deltas, default_boxes, SIZE, group=group[:, classes] * 0,
-            num_groups=1, score_thresh=0.0, topk_candidates=10000, nms_thresh=0.95,
-            detections_per_image=3200, bbox_reg_weights=WEIGHTS, bbox_reg_clamp="none",
+            logits[..., [*classes, 4]], deltas, default_boxes, SIZE, group=group[:, classes] * 0,
+            num_groups=1, score_function="sigmoid", score_thresh=0.0, topk_candidates=10000,
+            nms_thresh=0.95, detections_per_image=3200, bbox_reg_weights=WEIGHTS,
+            bbox_reg_clamp="none",
         )[0]
-        for classes in (slice(0, 4), slice(0, 2), slice(2, 4))
+        for classes in ([0, 1, 2, 3], [0, 1], [2, 3])
     ]  # fmt: skip
     assert len(results[0]) == len(results[1]) + len(results[2]) > 1000
     expected = torch.cat([results[1].scores, results[2].scores]).sort(descending=True)[0]
@@ -229,11 +245,11 @@ def test_long_chains_of_overlapping_boxes_end_on_gpus(monkeypatch):
         [1.0, 0, 1, 0]
     )
     scores = torch.linspace(0.9, 0.5, 40).view(1, 40, 1)  # each suppresses the next two
-    arguments = (scores, torch.zeros(1, 40, 4), boxes, (200, 200))
+    arguments = (sigmoid_logits(scores), torch.zeros(1, 40, 4), boxes, (200, 200))
     settings = dict(
-        group=torch.zeros(40, 1, dtype=torch.int64), num_groups=1, score_thresh=0.1,
-        topk_candidates=400, nms_thresh=0.8, detections_per_image=100, bbox_reg_weights=WEIGHTS,
-        bbox_reg_clamp="both",
+        group=torch.zeros(40, 1, dtype=torch.int64), num_groups=1, score_function="sigmoid",
+        score_thresh=0.1, topk_candidates=400, nms_thresh=0.8, detections_per_image=100,
+        bbox_reg_weights=WEIGHTS, bbox_reg_clamp="both",
     )  # fmt: skip
     (expected,) = detect(*arguments, **settings)
     with monkeypatch.context() as patch:
@@ -247,32 +263,33 @@ def test_long_chains_of_overlapping_boxes_end_on_gpus(monkeypatch):
 
 
 def test_no_images_and_scores_that_are_not_numbers():
-    scores, deltas, default_boxes = random_predictions()
-    assert run_detect(scores[:0], deltas[:0], default_boxes) == []
-    scores[1] = float("nan")
-    results = run_detect(scores, deltas, default_boxes)
+    logits, deltas, default_boxes = random_predictions()
+    assert run_detect(logits[:0], deltas[:0], default_boxes) == []
+    logits[1] = float("nan")
+    results = run_detect(logits, deltas, default_boxes)
     assert [len(result) > 0 for result in results] == [True, False, True]
     for clip in ("before_nms", "after_nms"):
-        expected = run_detect(scores, deltas, default_boxes, clip=clip)
+        expected = run_detect(logits, deltas, default_boxes, clip=clip)
         broken = deltas.clone()
         broken[2] = float("nan")  # boxes of another image
         assert torch.equal(
-            run_detect(scores, broken, default_boxes, clip=clip)[0].pred_boxes.tensor,
+            run_detect(logits, broken, default_boxes, clip=clip)[0].pred_boxes.tensor,
             expected[0].pred_boxes.tensor,
         )
 
 
 def test_score_threshold_is_exclusive():
-    scores = torch.tensor([[[0.25, 0.0], [0.5, 0.0]]])
+    logits = sigmoid_logits(torch.tensor([[[0.5, 0.0], [0.75, 0.0]]]))  # 0.5 exactly
     boxes = torch.tensor([[0, 0, 10, 10], [50, 50, 60, 60.0]])
-    for thresh, count in ((0.25, 1), (0.2, 2)):
-        (result,) = run_detect(scores, torch.zeros(1, 2, 4), boxes, score_thresh=thresh)
+    for thresh, count in ((0.5, 1), (0.49, 2)):
+        (result,) = run_detect(
+            logits, torch.zeros(1, 2, 4), boxes, score_thresh=thresh, score_function="sigmoid"
+        )
         assert len(result) == count
 
 
 def test_nothing_passes():
-    scores, deltas, boxes = random_predictions()
-    for result in run_detect(scores, deltas, boxes, score_thresh=1.0):
+    for result in run_detect(*random_predictions(), score_thresh=1.0):
         assert len(result) == 0 and result.image_size == SIZE
         assert result.pred_boxes.tensor.shape == (0, 4)
         assert result.scores.shape == (0,) and result.scores.dtype == torch.float32
@@ -290,15 +307,18 @@ def test_detections_per_image_keeps_the_best_of_each_image():
 def test_nms_is_per_class_and_per_image():
     # The same box in two classes of two images: none suppresses another.
     scores = torch.tensor([[[0.9, 0.8]], [[0.7, 0.6]]])
-    results = run_detect(scores, torch.zeros(2, 1, 4), torch.tensor([[10, 10, 50, 50.0]]))
+    results = run_detect(
+        sigmoid_logits(scores), torch.zeros(2, 1, 4), torch.tensor([[10, 10, 50, 50.0]]),
+        score_function="sigmoid",
+    )  # fmt: skip
     assert [result.pred_classes.tolist() for result in results] == [[0, 1], [0, 1]]
     assert [len(result) for result in results] == [2, 2]
 
 
 def test_images_of_a_batch_do_not_mix():
-    scores, deltas, boxes = random_predictions()
-    for i, together in enumerate(run_detect(scores, deltas, boxes)):
-        (alone,) = run_detect(scores[i : i + 1], deltas[i : i + 1], boxes)
+    logits, deltas, boxes = random_predictions()
+    for i, together in enumerate(run_detect(logits, deltas, boxes)):
+        (alone,) = run_detect(logits[i : i + 1], deltas[i : i + 1], boxes)
         assert torch.equal(alone.pred_boxes.tensor, together.pred_boxes.tensor)
         assert torch.equal(alone.scores, together.scores)
         assert torch.equal(alone.pred_classes, together.pred_classes)
@@ -306,16 +326,16 @@ def test_images_of_a_batch_do_not_mix():
 
 def test_boxes_without_an_area_in_the_image_are_dropped():
     boxes = torch.tensor([[10, 10, 30, 30], [200, 10, 220, 30], [10, -50, 30, -20.0]])
-    scores = torch.tensor([[[0.5], [0.9], [0.8]]])
-    (result,) = run_detect(scores, torch.zeros(1, 3, 4), boxes)
+    logits = torch.tensor([[[0, 0], [2, 0], [1, 0.0]]])
+    (result,) = run_detect(logits, torch.zeros(1, 3, 4), boxes)
     assert result.pred_boxes.tensor.tolist() == [[10, 10, 30, 30]]
 
 
 def test_unclamped_overflow_does_not_stop_an_evaluation():
-    scores = torch.tensor([[[0.5], [0.9]]])
+    logits = torch.tensor([[[0, 0], [2, 0.0]]])
     boxes = torch.tensor([[10, 10, 30, 30], [40, 40, 50, 50.0]])
     deltas = torch.tensor([[[0, 0, 0, 0], [0, 0, 5 * 89, 0.0]]])  # e⁸⁹ is infinite in float32
-    (result,) = run_detect(scores, deltas, boxes)
+    (result,) = run_detect(logits, deltas, boxes)
     assert [10, 10, 30, 30] in result.pred_boxes.tensor.tolist()
     assert result.pred_boxes.tensor.isfinite().all()
 
@@ -324,9 +344,9 @@ def detections(boxes, scores, clip, kept=10):
     """Detections of one class: boxes (R, 4) with these scores, NMS at 0.45, size 120×90."""
     boxes, scores = torch.tensor(boxes), torch.tensor(scores)
     (result,) = detect(
-        scores[None, :, None], torch.zeros(1, len(boxes), 4), boxes, SIZE,
-        group=torch.zeros(1, 1, dtype=torch.int64), num_groups=1, score_thresh=0.0,
-        topk_candidates=100, nms_thresh=0.45, detections_per_image=kept,
+        sigmoid_logits(scores[None, :, None]), torch.zeros(1, len(boxes), 4), boxes, SIZE,
+        group=torch.zeros(1, 1, dtype=torch.int64), num_groups=1, score_function="sigmoid",
+        score_thresh=0.0, topk_candidates=100, nms_thresh=0.45, detections_per_image=kept,
         bbox_reg_weights=WEIGHTS, bbox_reg_clamp="none", clip=clip,
     )  # fmt: skip
     return result.pred_boxes.tensor.tolist(), result.scores.tolist()
@@ -351,9 +371,9 @@ def test_classes_do_not_suppress_one_another_left_of_the_image():
     boxes = torch.tensor([[-50.0, -40, 8, 8], [1e5, 0, 2e5, 1], [-50.0, -40, 8, 8]])
     scores = torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4], [0.3, 0.2, 0.1]])
     (result,) = detect(
-        scores[None], torch.zeros(1, 3, 4), boxes, SIZE,
-        group=torch.arange(3)[None], num_groups=3, score_thresh=0.0, topk_candidates=100,
-        nms_thresh=0.45, detections_per_image=100, bbox_reg_weights=WEIGHTS,
+        sigmoid_logits(scores[None]), torch.zeros(1, 3, 4), boxes, SIZE,
+        group=torch.arange(3)[None], num_groups=3, score_function="sigmoid", score_thresh=0.0,
+        topk_candidates=100, nms_thresh=0.45, detections_per_image=100, bbox_reg_weights=WEIGHTS,
         bbox_reg_clamp="none", clip="after_nms",
     )  # fmt: skip
     assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
@@ -365,10 +385,11 @@ def test_infinite_boxes_do_not_spoil_the_others():
     deltas = torch.zeros(1, 3, 4)
     deltas[0, 0, 2:] = 1000.0  # e^200
     (result,) = detect(
-        torch.tensor([[[0.9, 0], [0, 0.8], [0, 0.7]]]), deltas, torch.tensor([[1.0, 1, 5, 5]] * 3),
-        SIZE, group=torch.zeros(1, 1, dtype=torch.int64), num_groups=1, score_thresh=0.0,
-        topk_candidates=10, nms_thresh=0.45, detections_per_image=10, bbox_reg_weights=WEIGHTS,
-        bbox_reg_clamp="none", clip="after_nms",
+        sigmoid_logits(torch.tensor([[[0.9, 0], [0, 0.8], [0, 0.7]]])), deltas,
+        torch.tensor([[1.0, 1, 5, 5]] * 3), SIZE, group=torch.zeros(1, 1, dtype=torch.int64),
+        num_groups=1, score_function="sigmoid", score_thresh=0.0, topk_candidates=10,
+        nms_thresh=0.45, detections_per_image=10, bbox_reg_weights=WEIGHTS, bbox_reg_clamp="none",
+        clip="after_nms",
     )  # fmt: skip
     assert result.pred_boxes.tensor.tolist() == [[0.0, 0, 120, 90], [1.0, 1, 5, 5]]
 
@@ -405,25 +426,20 @@ def test_nms_without_waiting_tells_what_is_not_settled():
     assert kept[1, :5].tolist() == [True, False, True, False, True]
 
 
-def test_first_detections_compute_in_float32():
-    scores, deltas, boxes = random_predictions()
-    logits = torch.cat([scores, 1 - scores.sum(dim=-1, keepdim=True)], dim=-1).log().bfloat16()
-    settings = dict(
-        group=torch.arange(4)[None], num_groups=4, score_thresh=0.02, topk_candidates=10,
-        nms_thresh=0.45, detections_per_image=20, bbox_reg_weights=WEIGHTS, bbox_reg_clamp="both",
-    )  # fmt: skip
-    found = first_detections(
-        logits, deltas.bfloat16(), boxes, SIZE, score_function="softmax", **settings
-    )
-    scores, deltas = logits.float().softmax(dim=-1)[..., :-1], deltas.bfloat16().float()
-    expected = (scores, deltas, *best_detections(scores, deltas, boxes, SIZE, **settings))
-    assert len(found) == len(expected) == 6 and all(map(torch.equal, found, expected))
+def test_detections_of_bfloat16_are_computed_in_float32():
+    logits, deltas, boxes = random_predictions()
+    logits, deltas = logits.bfloat16(), deltas.bfloat16()
+    few, full = run_detect(logits, deltas, boxes), run_detect(logits.float(), deltas.float(), boxes)
+    for actual, expected in zip(few, full):
+        assert len(actual) == len(expected) > 5 and actual.scores.dtype == torch.float32
+        assert torch.equal(actual.scores, expected.scores)
+        assert torch.equal(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_first_detections_on_a_gpu_never_wait_for_it(compiled, fake_gpu):
+def test_best_detections_on_a_gpu_never_wait_for_it(compiled, fake_gpu):
     """And compile as one graph."""
-    find = first_detections
+    find = best_detections
     if compiled:
         find = torch.compile(find, backend="eager", fullgraph=True)
     with fake_gpu:
@@ -437,7 +453,7 @@ def test_first_detections_on_a_gpu_never_wait_for_it(compiled, fake_gpu):
             group=group, num_groups=4, score_thresh=0.02, topk_candidates=10, nms_thresh=0.45,
             detections_per_image=20, bbox_reg_weights=weights, bbox_reg_clamp="both",
         )  # fmt: skip
-        found = [(tuple(x.shape), x.dtype, x.device.type) for x in result[2:]]
+        found = [(tuple(x.shape), x.dtype, x.device.type) for x in result]
         with pytest.raises(DynamicOutputShapeException):
             _nms_per_class(deltas, deltas[..., 0].long(), deltas[..., 0] > 0, 4, 0.45)
     assert found == [
@@ -452,30 +468,32 @@ def test_never_waits_is_right(num_boxes, most, fake_gpu):
     expected = never_waits(num_boxes * 4, most)
     assert expected == ((num_boxes, most) != (700, 513))
     with fake_gpu:
-        scores, deltas, boxes = (
+        logits, deltas, boxes = (
             torch.empty(shape, device="cuda")
-            for shape in [(1, num_boxes, 4), (1, num_boxes, 4), (num_boxes, 4)]
+            for shape in [(1, num_boxes, 5), (1, num_boxes, 4), (num_boxes, 4)]
         )
         settings = dict(
             group=torch.empty(1, 4, dtype=torch.int64, device="cuda"), num_groups=4,
-            score_thresh=0.02, topk_candidates=10, nms_thresh=0.45, detections_per_image=most,
-            bbox_reg_weights=torch.empty(4, device="cuda"), bbox_reg_clamp="both",
+            score_function="softmax", score_thresh=0.02, topk_candidates=10, nms_thresh=0.45,
+            detections_per_image=most, bbox_reg_weights=torch.empty(4, device="cuda"),
+            bbox_reg_clamp="both",
         )  # fmt: skip
         waits = contextlib.nullcontext() if expected else pytest.raises(DynamicOutputShapeException)
         with waits:
-            best_detections(scores, deltas, boxes, SIZE, **settings)
+            best_detections(logits, deltas, boxes, SIZE, **settings)
 
 
 def test_boxes_are_scaled_as_detectron2_does():
-    scores, deltas, boxes = random_predictions()
+    logits, deltas, boxes = random_predictions()
     sizes = [(90, 120), (45, 500), (1000, 7)]
     group, num_groups = groups("class")
     settings = dict(
-        group=group, num_groups=num_groups, score_thresh=0.02, topk_candidates=1000,
-        nms_thresh=0.45, detections_per_image=20, bbox_reg_weights=WEIGHTS, bbox_reg_clamp="both",
+        group=group, num_groups=num_groups, score_function="softmax", score_thresh=0.02,
+        topk_candidates=1000, nms_thresh=0.45, detections_per_image=20, bbox_reg_weights=WEIGHTS,
+        bbox_reg_clamp="both",
     )  # fmt: skip
-    plain = detect(scores, deltas, boxes, SIZE, **settings)
-    scaled = detect(scores, deltas, boxes, SIZE, sizes, **settings)
+    plain = detect(logits, deltas, boxes, SIZE, **settings)
+    scaled = detect(logits, deltas, boxes, SIZE, sizes, **settings)
     for one, result, size in zip(plain, scaled, sizes):
         expected = detector_postprocess(one, *size)
         assert result.image_size == size and len(result) == len(expected) > 5

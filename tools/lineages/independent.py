@@ -25,6 +25,7 @@ from lineages.rows import (
     worst,
 )
 from ssd import model_zoo
+from ssd.modeling.postprocessing import class_scores
 
 
 def _columns(source: sources.Network, outputs: int) -> List[int]:
@@ -125,8 +126,12 @@ def network_rows(lab: str) -> Tuple[Row, ...]:
     actual = by_level(model, *actual)
     rows += output_rows(row, expected, actual)
     if source.sigmoid:
-        scores = [x[..., :-1].sigmoid() for x in expected[1]], [model.scores(x) for x in actual[1]]
-        rows.append(row("scores", of_mean(*scores), 1e-9, "of mean", "sigmoid, foreground only"))
+        function = model.detection["score_function"]
+        difference = of_mean(
+            [x[..., :-1].sigmoid() for x in expected[1]],
+            [class_scores(x, function) for x in actual[1]],
+        )
+        rows.append(row("scores", difference, 1e-9, "of mean", "sigmoid, foreground only"))
     counts = [sum(x.numel() for x in net.parameters()) for net in (theirs, model)]
     text = f"{counts[1]:,}; {source.note}"
     if folded:

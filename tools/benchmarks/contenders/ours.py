@@ -201,9 +201,9 @@ class Ours(Contender):
 
         @torch.no_grad()
         def run():
-            scores, deltas, *first = find(*model.head.flatten(*predictions))
+            logits, deltas, *first = find(*model.head.flatten(*predictions))
             first = {"first": [x.clone() for x in first]} if first else {}
-            found[:] = model.detect(scores, deltas, sizes, **first)
+            found[:] = model.detect(logits, deltas, sizes, **first)
 
         logits = model.head.flatten(*predictions)[0]
         thresh = model.detection["score_thresh"]
