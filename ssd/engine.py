@@ -8,7 +8,6 @@ import difflib
 import functools
 import inspect
 import logging
-import math
 import os
 import time
 import weakref
@@ -56,7 +55,7 @@ from ssd.hooks import (
 )
 from ssd.inference import compile_network, optimize
 from ssd.metrics import START, end_last_line
-from ssd.solver import build_lr_scheduler, scale_learning_rate, schedule_in_iterations
+from ssd.solver import build_lr_scheduler, check_solver, scale_learning_rate, schedule_in_iterations
 from ssd.summary import holds_training
 from ssd.test_time_augmentation import SSDWithTTA
 from ssd.training_step import TrainingStep
@@ -137,7 +136,7 @@ class Trainer(DefaultTrainer):
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         cfg = scale_learning_rate(cfg)
-        _check_solver(cfg)
+        check_solver(cfg)
         data_loader = self.build_train_loader(cfg)
         for name in cfg.DATASETS.TEST:
             self.build_test_loader(cfg, name)  # what is missing shows before the training
@@ -428,29 +427,6 @@ def _share_buffers(model: nn.Module) -> None:
 def _single(results: Dict) -> Dict:
     """Results by data set; those of the only one by themselves, as DefaultTrainer has it."""
     return next(iter(results.values())) if len(results) == 1 else results
-
-
-def _check_solver(cfg) -> None:
-    solver, test = cfg.SOLVER, cfg.TEST
-    rate, end = solver.BASE_LR, solver.get("BASE_LR_END", 0.0)
-    fits_cosine = solver.LR_SCHEDULER_NAME != "WarmupCosineLR" or 0 <= end <= rate > 0
-    if not (0 <= rate < math.inf and fits_cosine):
-        raise ValueError(
-            "SOLVER.BASE_LR must be 0 or more, with WarmupCosineLR more than 0 and at least "
-            f"SOLVER.BASE_LR_END, got {rate} and {end}"
-        )
-    if not 0 <= solver.WARMUP_FACTOR < math.inf:
-        raise ValueError(f"SOLVER.WARMUP_FACTOR must be 0 or more, got {solver.WARMUP_FACTOR}")
-    if solver.CHECKPOINT_PERIOD < 1:
-        raise ValueError(
-            "SOLVER.CHECKPOINT_PERIOD must be at least 1 iteration, got "
-            f"{solver.CHECKPOINT_PERIOD}; the last one is always saved"
-        )
-    if test.EARLY_STOPPING.PATIENCE < 0:
-        raise ValueError(
-            "TEST.EARLY_STOPPING.PATIENCE must be 0 (never) or more evaluations, got "
-            f"{test.EARLY_STOPPING.PATIENCE}"
-        )
 
 
 def _check_best_metric(cfg, known: Optional[List[str]]) -> None:

@@ -14,6 +14,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ssd.checks import check_choice
 from ssd.memory import keep_freed_memory
 from ssd.modeling import SSD
 from ssd.modeling.blocks import BATCH_NORMS, StridedConv2d
@@ -42,8 +43,7 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """
     model = getattr(model, "module", model)
     dtypes = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if cfg.TEST.DTYPE not in dtypes:
-        raise ValueError(f"TEST.DTYPE: one of {list(dtypes)}, got {cfg.TEST.DTYPE!r}")
+    check_choice("TEST.DTYPE", cfg.TEST.DTYPE, dtypes)
     if not isinstance(model, SSD):
         return model
     on_gpu = model.device.type == "cuda"

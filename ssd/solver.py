@@ -15,9 +15,12 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 
+from ssd.checks import check_choice, check_number
+
 __all__ = [
     "WarmupTimes",
     "build_lr_scheduler",
+    "check_solver",
     "epoch_length",
     "scale_learning_rate",
     "schedule_in_iterations",
@@ -90,8 +93,7 @@ def schedule_in_iterations(cfg, num_images: Optional[int]):
             the end, or another COSINE_STEP than "iteration" or "epoch".
     """
     solver = cfg.SOLVER
-    if solver.COSINE_STEP not in ("iteration", "epoch"):
-        raise ValueError(f"SOLVER.COSINE_STEP: 'iteration' or 'epoch', got {solver.COSINE_STEP!r}")
+    check_choice("SOLVER.COSINE_STEP", solver.COSINE_STEP, ("iteration", "epoch"))
     if not solver.MAX_EPOCHS:
         if solver.MAX_ITER < 1:
             raise ValueError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
@@ -172,8 +174,7 @@ class WarmupTimes(ParamScheduler):
             "linear": LinearParamScheduler(warmup_factor, 1.0),
             "constant": ConstantParamScheduler(warmup_factor),
         }
-        if warmup_method not in ramps:
-            raise ValueError(f"SOLVER.WARMUP_METHOD: one of {list(ramps)}, got {warmup_method!r}")
+        check_choice("SOLVER.WARMUP_METHOD", warmup_method, ramps)
         self._schedule, self._max_iter, self._hold = schedule, max_iter, hold
         self._ramp, self._warmup_iters = ramps[warmup_method], warmup_iters
 
@@ -184,6 +185,25 @@ class WarmupTimes(ParamScheduler):
         if iteration < self._warmup_iters:
             value *= self._ramp(iteration / self._warmup_iters)
         return value
+
+
+def check_solver(cfg) -> None:
+    """The values that would fail late, or train nothing."""
+    solver = cfg.SOLVER
+    rate, end = solver.BASE_LR, solver.get("BASE_LR_END", 0.0)
+    fits_cosine = solver.LR_SCHEDULER_NAME != "WarmupCosineLR" or 0 <= end <= rate > 0
+    if not (0 <= rate < math.inf and fits_cosine):
+        raise ValueError(
+            "SOLVER.BASE_LR must be 0 or more, with WarmupCosineLR more than 0 and at least "
+            f"SOLVER.BASE_LR_END, got {rate} and {end}"
+        )
+    check_number("SOLVER.WARMUP_FACTOR", solver.WARMUP_FACTOR)
+    check_number("TEST.EARLY_STOPPING.PATIENCE", cfg.TEST.EARLY_STOPPING.PATIENCE)
+    if solver.CHECKPOINT_PERIOD < 1:
+        raise ValueError(
+            "SOLVER.CHECKPOINT_PERIOD must be at least 1 iteration, got "
+            f"{solver.CHECKPOINT_PERIOD}; the last one is always saved"
+        )
 
 
 def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer):

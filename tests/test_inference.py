@@ -110,7 +110,7 @@ def test_detections_in_each_type(tiny_cfg, dtype):
 
 def test_an_unknown_type_names_the_key(tiny_cfg):
     cfg = tiny_cfg("TEST.DTYPE", "half")
-    with pytest.raises(ValueError, match="TEST.DTYPE: one of .*'half'"):
+    with pytest.raises(ValueError, match="TEST.DTYPE must be one of .*'half'"):
         optimize(build_model(cfg), cfg)
 
 

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, Augmentation, RandomFlip
 from fvcore.transforms.transform import HFlipTransform, NoOpTransform, Transform, VFlipTransform
 
+from ssd.checks import check_choice, check_number, check_positive, check_range
 from ssd.data.transforms import (
     PhotometricTransform,
     PhotometricWarp,
@@ -52,10 +53,7 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> Augmentation:
         )
     augmentations.append(resize)
     flip = cfg.INPUT.RANDOM_FLIP
-    if flip not in ("none", "horizontal", "vertical"):
-        raise ValueError(
-            f"INPUT.RANDOM_FLIP is {flip!r}, expected 'none', 'horizontal' or 'vertical'"
-        )
+    check_choice("INPUT.RANDOM_FLIP", flip, ("none", "horizontal", "vertical"))
     if flip != "none":
         augmentations.append(
             RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
@@ -106,20 +104,17 @@ class PhotometricDistortion(Augmentation):
             style: "caffe" or "torchvision", whose formulas differ.
         """
         super().__init__()
-        _check_probability("INPUT.PHOTOMETRIC.PROB", prob)
-        _check_probability("INPUT.PHOTOMETRIC.SWAP_CHANNELS_PROB", swap_channels_prob)
-        _check_range("INPUT.PHOTOMETRIC.CONTRAST", contrast, 0, 255)
-        _check_range("INPUT.PHOTOMETRIC.SATURATION", saturation, 0, 255)
-        _check_least("INPUT.PHOTOMETRIC.BRIGHTNESS", brightness, 0)
-        _check_least("INPUT.PHOTOMETRIC.HUE", hue, 0)
-        if style not in ("caffe", "torchvision"):
-            raise ValueError(
-                f"INPUT.PHOTOMETRIC.STYLE is {style!r}, expected 'caffe' or 'torchvision'"
-            )
+        check_number("INPUT.PHOTOMETRIC.PROB", prob, highest=1)
+        check_number("INPUT.PHOTOMETRIC.SWAP_CHANNELS_PROB", swap_channels_prob, highest=1)
+        check_range("INPUT.PHOTOMETRIC.CONTRAST", contrast, 0, 255)
+        check_range("INPUT.PHOTOMETRIC.SATURATION", saturation, 0, 255)
+        check_number("INPUT.PHOTOMETRIC.BRIGHTNESS", brightness)
+        check_number("INPUT.PHOTOMETRIC.HUE", hue)
+        check_choice("INPUT.PHOTOMETRIC.STYLE", style, ("caffe", "torchvision"))
         if style == "torchvision" and brightness > 1:
             raise ValueError(
-                f"INPUT.PHOTOMETRIC.BRIGHTNESS is {brightness}, expected 0 to 1 with "
-                "INPUT.PHOTOMETRIC.STYLE 'torchvision', where it is a share (torchvision: 0.125)"
+                "INPUT.PHOTOMETRIC.BRIGHTNESS must be 0 to 1 with INPUT.PHOTOMETRIC.STYLE "
+                f"'torchvision', where it is a share (torchvision: 0.125), got {brightness}"
             )
         PhotometricTransform(image_format=image_format)  # raises for other formats
         self._init(locals())
@@ -167,8 +162,8 @@ class Expand(Augmentation):
             fill: the canvas' value of each channel: the pixel mean, in the image's order.
         """
         super().__init__()
-        _check_probability("INPUT.EXPAND.PROB", prob)
-        _check_least("INPUT.EXPAND.MAX_RATIO", max_ratio, 1)
+        check_number("INPUT.EXPAND.PROB", prob, highest=1)
+        check_number("INPUT.EXPAND.MAX_RATIO", max_ratio, 1)
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
@@ -218,22 +213,17 @@ class IoUCrop(Augmentation):
             objects: "any" or "all", which must reach the minimum.
         """
         super().__init__()
-        if sampler not in ("caffe", "torchvision"):
-            raise ValueError(
-                f"INPUT.IOU_CROP.SAMPLER is {sampler!r}, expected 'caffe' or 'torchvision'"
-            )
-        if objects not in ("any", "all"):
-            raise ValueError(f"INPUT.IOU_CROP.OBJECTS is {objects!r}, expected 'any' or 'all'")
-        if trials < 1:
-            raise ValueError(f"INPUT.IOU_CROP.TRIALS is {trials}, expected at least 1")
+        check_choice("INPUT.IOU_CROP.SAMPLER", sampler, ("caffe", "torchvision"))
+        check_choice("INPUT.IOU_CROP.OBJECTS", objects, ("any", "all"))
+        check_positive("INPUT.IOU_CROP.TRIALS", trials)
         if not min_ious:
-            raise ValueError("INPUT.IOU_CROP.MIN_IOUS is empty, expected numbers of 0 to 1")
+            raise ValueError("INPUT.IOU_CROP.MIN_IOUS must be numbers of 0 to 1, got none")
         for value in min_ious:
-            _check_probability("INPUT.IOU_CROP.MIN_IOUS", value)
-        _check_range("INPUT.IOU_CROP.SCALE", scale, 1e-3, 1)
-        _check_range("INPUT.IOU_CROP.ASPECT_RATIO", aspect_ratio, 1e-3, 1e3)
+            check_number("INPUT.IOU_CROP.MIN_IOUS", value, highest=1)
+        check_range("INPUT.IOU_CROP.SCALE", scale, 1e-3, 1)
+        check_range("INPUT.IOU_CROP.ASPECT_RATIO", aspect_ratio, 1e-3, 1e3)
         if not aspect_ratio[0] <= 1 <= aspect_ratio[1]:
-            raise ValueError(f"INPUT.IOU_CROP.ASPECT_RATIO is {aspect_ratio}, expected to hold 1")
+            raise ValueError(f"INPUT.IOU_CROP.ASPECT_RATIO must hold 1, got {aspect_ratio}")
         self._init(locals())
 
     def get_transform(self, image: np.ndarray, boxes: Optional[np.ndarray]) -> Transform:
@@ -392,20 +382,3 @@ def _reached_iou(crops: np.ndarray, boxes: np.ndarray, objects: str) -> np.ndarr
     if objects == "all":
         return np.where(inside.any(axis=0), iou.min(axis=0), -1)
     return np.where(inside, iou, -1).max(axis=0)
-
-
-def _check_probability(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{key} is {value}, expected 0 to 1")
-
-
-def _check_least(key: str, value: float, lowest: float) -> None:
-    if not lowest <= value < np.inf:
-        raise ValueError(f"{key} is {value}, expected a number of at least {lowest}")
-
-
-def _check_range(key: str, value: Tuple[float, float], lowest: float, highest: float) -> None:
-    if len(value) != 2 or not lowest <= value[0] <= value[1] <= highest:
-        raise ValueError(
-            f"{key} is {tuple(value)}, expected two numbers of {lowest} to {highest}, lowest first"
-        )

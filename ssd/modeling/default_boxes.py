@@ -1,5 +1,6 @@
 """Default boxes (SSD paper, section 2.1 and 2.2)."""
 
+import logging
 import math
 from typing import List, Sequence, Tuple
 
@@ -10,7 +11,11 @@ from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-__all__ = ["DefaultBoxGenerator"]
+from ssd.checks import check_choice
+
+__all__ = ["DefaultBoxGenerator", "check_centers"]
+
+logger = logging.getLogger(__name__)
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -78,10 +83,7 @@ class DefaultBoxGenerator(nn.Module):
                 "MODEL.SSD.DEFAULT_BOXES.STEPS must be positive numbers of pixels, or pairs (y, x) "
                 f"of them, got {list(steps)}"
             )
-        if clip not in ("none", "xyxy", "cxcywh", "wh"):
-            raise ValueError(
-                f"MODEL.SSD.DEFAULT_BOXES.CLIP: 'none', 'xyxy', 'cxcywh' or 'wh', got {clip!r}"
-            )
+        check_choice("MODEL.SSD.DEFAULT_BOXES.CLIP", clip, ("none", "xyxy", "cxcywh", "wh"))
         self.clip = clip
         self.shapes = [
             _cell_shapes(low, high, ratios)
@@ -158,3 +160,26 @@ def _cell_shapes(min_size: float, max_size: float, ratios: Sequence[float]) -> L
         long, short = min_size * math.sqrt(ratio), min_size / math.sqrt(ratio)
         shapes += [(long, short), (short, long)]
     return shapes
+
+
+def check_centers(
+    boxes: Sequence[Tensor], map_sizes: Sequence[Tuple[int, int]], input_size: Tuple[int, int]
+) -> None:
+    """Whether each level's default boxes, (R, 4) XYXY, are spread over the input, not beside it.
+
+    Raises:
+        ValueError: they are for an input nearly twice as large, or more. Less is a warning.
+    """
+    for level, (level_boxes, (rows, columns)) in enumerate(zip(boxes, map_sizes)):
+        center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
+        ratio = center / torch.tensor(input_size[::-1]) * 2
+        if ratio.is_meta or ((ratio - 1).abs() < 0.1).all():  # 1.07 in SSD300
+            continue
+        text = (
+            f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {rows} rows and "
+            f"{columns} columns, around x and y {center.tolist()} in an input of (height, width) "
+            f"{input_size}; STEPS [] takes what fits, but for weights that were trained so"
+        )
+        if (ratio > 1.9).any():  # more than rounding up a map's size can explain
+            raise ValueError(text)
+        logger.warning(text)

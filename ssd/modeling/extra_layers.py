@@ -8,6 +8,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from ssd.checks import check_choice
 from ssd.modeling.blocks import (
     BatchNorm2d,
     InvertedResidual,
@@ -70,8 +71,7 @@ class SSDBackbone(Backbone):
         if unknown := [name for name in l2_norm_features if name not in in_features]:
             raise ValueError(f"MODEL.SSD.L2_NORM_FEATURES: no feature {unknown} in {in_features}")
         norms = {"L2Norm": L2Norm, "BN": BatchNorm2d}
-        if l2_norm not in norms:
-            raise ValueError(f"MODEL.SSD.L2_NORM: one of {list(norms)}, got {l2_norm!r}")
+        check_choice("MODEL.SSD.L2_NORM", l2_norm, norms)
         self.bottom_up = bottom_up
         self.l2_norm = nn.ModuleDict(
             {name: norms[l2_norm](shapes[name].channels) for name in l2_norm_features}

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import logging
-import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -17,15 +15,14 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ssd.checks import check_choice, check_model
 from ssd.modeling.blocks import BATCH_NORMS, pad_as_tensorflow
-from ssd.modeling.default_boxes import DefaultBoxGenerator
+from ssd.modeling.default_boxes import DefaultBoxGenerator, check_centers
 from ssd.modeling.head import SSDHead, SSDLiteHead
 from ssd.modeling.multibox import encode_boxes, loss_divisor, match_default_boxes, multibox_loss
 from ssd.modeling.postprocessing import best_detections, detect, output_transform
 
 __all__ = ["SSD"]
-
-logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -100,22 +97,21 @@ class SSD(DenseDetector):
 
         map_sizes = self._feature_map_sizes()
         boxes = default_box_generator.per_level(map_sizes)
-        _check_centers(boxes, map_sizes, self.input_size)
+        check_centers(boxes, map_sizes, self.input_size)
         self.boxes_per_level = [len(level) for level in boxes]
         self.register_buffer("default_boxes", torch.cat(boxes), persistent=False)
+        check_choice("MODEL.SSD.TOPK_PER", topk_per, ("level", "class"))
         if topk_per == "level":
             level = torch.arange(len(boxes)).repeat_interleave(torch.tensor(self.boxes_per_level))
             group, self.num_groups = level[:, None], len(boxes)
-        elif topk_per == "class":
-            group, self.num_groups = torch.arange(self.num_classes)[None], self.num_classes
         else:
-            raise ValueError(f"MODEL.SSD.TOPK_PER: 'level' or 'class', got {topk_per!r}")
+            group, self.num_groups = torch.arange(self.num_classes)[None], self.num_classes
         self.register_buffer("candidate_group", group, persistent=False)
 
     @classmethod
     def from_config(cls, cfg):
         ssd = cfg.MODEL.SSD
-        _check_config(cfg)
+        check_model(cfg)
         backbone = build_backbone(cfg)
         shapes = list(backbone.output_shape().values())
         generator = build_anchor_generator(cfg, shapes)
@@ -382,25 +378,6 @@ class SSD(DenseDetector):
         return sizes
 
 
-def _check_centers(
-    boxes: Sequence[Tensor], map_sizes: Sequence[Tuple[int, int]], input_size: Tuple[int, int]
-) -> None:
-    """Whether each level's default boxes, (R, 4) XYXY, are spread over the input, not beside it."""
-    for level, (level_boxes, (rows, columns)) in enumerate(zip(boxes, map_sizes)):
-        center = (level_boxes[:, :2] + level_boxes[:, 2:]).mean(dim=0) / 2
-        ratio = center / torch.tensor(input_size[::-1]) * 2
-        if ratio.is_meta or ((ratio - 1).abs() < 0.1).all():  # 1.07 in SSD300
-            continue
-        text = (
-            f"MODEL.SSD.DEFAULT_BOXES.STEPS put the boxes of level {level}, {rows} rows and "
-            f"{columns} columns, around x and y {center.tolist()} in an input of (height, width) "
-            f"{input_size}; STEPS [] takes what fits, but for weights that were trained so"
-        )
-        if (ratio > 1.9).any():  # more than rounding up a map's size can explain
-            raise ValueError(text)
-        logger.warning(text)
-
-
 def _as_one(images: Sequence[Tensor]) -> Optional[Tensor]:
     """The batch (N, C, H, W), without a copy, of N images (C, H, W) that lie one behind the other
     in one memory, as those that come from a loader's worker; None for others."""
@@ -412,54 +389,3 @@ def _as_one(images: Sequence[Tensor]) -> Optional[Tensor]:
     if len({(memory.data_ptr(), memory.nbytes()) for memory in memories}) > 1:
         return None
     return first.as_strided((len(images), *first.shape), (size, *first.stride()))
-
-
-def _check_config(cfg) -> None:
-    """The values that would fail late, or give a wrong network."""
-    ssd = cfg.MODEL.SSD
-    _check_positive("MODEL.SSD.INPUT_SIZE", ssd.INPUT_SIZE)
-    if len(ssd.INPUT_SIZE) != 2:
-        raise ValueError(f"MODEL.SSD.INPUT_SIZE must be [height, width], got {ssd.INPUT_SIZE}")
-    _check_positive("MODEL.SSD.NUM_CLASSES", [ssd.NUM_CLASSES])
-    _check_positive("MODEL.SSD.TOPK_CANDIDATES_TEST", [ssd.TOPK_CANDIDATES_TEST])
-    _check_positive("TEST.DETECTIONS_PER_IMAGE", [cfg.TEST.DETECTIONS_PER_IMAGE])
-    if len(ssd.BBOX_REG_WEIGHTS) != 4 or not all(x > 0 for x in ssd.BBOX_REG_WEIGHTS):
-        raise ValueError(
-            f"MODEL.SSD.BBOX_REG_WEIGHTS must be 4 positive numbers, got {ssd.BBOX_REG_WEIGHTS}"
-        )
-    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    if len(mean) != len(std) or not all(x > 0 for x in std):
-        raise ValueError(
-            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD need a number for each channel, PIXEL_STD "
-            f"positive ones, got {mean} and {std}"
-        )
-    _check_choice("MATCHING.BEST", ssd.MATCHING.BEST, ("argmax", "bipartite"))
-    _check_choice("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each"))
-    _check_choice("CLIP_TEST", ssd.CLIP_TEST, ("before_nms", "after_nms"))
-    _check_choice("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid"))
-    _check_choice("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1"))
-    _check_choice("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none"))
-    for key in ("NEG_POS_RATIO", "NEGATIVES_WITHOUT_POSITIVES", "SMOOTH_L1_BETA", "BOX_WEIGHT"):
-        if not 0 <= ssd.LOSS[key] < math.inf:
-            raise ValueError(f"MODEL.SSD.LOSS.{key} must be 0 or more, got {ssd.LOSS[key]}")
-    for key, value in (
-        ("MODEL.SSD.MATCHING.IOU_THRESHOLD", ssd.MATCHING.IOU_THRESHOLD),
-        ("MODEL.SSD.SCORE_THRESH_TEST", ssd.SCORE_THRESH_TEST),
-        ("MODEL.SSD.NMS_THRESH_TEST", ssd.NMS_THRESH_TEST),
-        ("MODEL.BATCH_NORM.MOMENTUM", cfg.MODEL.BATCH_NORM.MOMENTUM),
-    ):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{key} must be 0 to 1, got {value}")
-    if not 0 < cfg.MODEL.BATCH_NORM.EPS < math.inf:
-        raise ValueError(f"MODEL.BATCH_NORM.EPS must be positive, got {cfg.MODEL.BATCH_NORM.EPS}")
-
-
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"MODEL.SSD.{key}: one of {choices}, got {value!r}")
-
-
-def _check_positive(key: str, values: Sequence[int]) -> None:
-    if any(not isinstance(value, int) or value < 1 for value in values):
-        what = "a positive integer" if len(values) == 1 else "positive integers"
-        raise ValueError(f"{key} must be {what}, got {values[0] if len(values) == 1 else values}")

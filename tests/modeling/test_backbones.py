@@ -456,7 +456,10 @@ def test_inverted_extra_layers_that_shrink_without_a_stride():
         (lambda: ssd_vgg(in_features=["res4"]), "MODEL.SSD.IN_FEATURES.*'res4'.*'fc7'"),
         (lambda: ssd_vgg(in_features=[]), r"MODEL\.SSD\.IN_FEATURES: \[\]; choose from"),
         (lambda: ssd_vgg(l2_norm_features=["conv4_3"]), "MODEL.SSD.L2_NORM_FEATURES.*'conv4_3'"),
-        (lambda: ssd_vgg(l2_norm="GN"), r"MODEL.SSD.L2_NORM: one of \['L2Norm', 'BN'\], got 'GN'"),
+        (
+            lambda: ssd_vgg(l2_norm="GN"),
+            r"MODEL.SSD.L2_NORM must be one of \['L2Norm', 'BN'\], got 'GN'",
+        ),
         (lambda: ssd_vgg(extra_layers=[[8, 16]]), r"MODEL.SSD.EXTRA_LAYERS.*got \[8, 16\]"),
         (lambda: ssd_vgg(extra_layers=[8, 16, 3, 2, 1]), "MODEL.SSD.EXTRA_LAYERS.*got 8"),
         (lambda: ssd_vgg(extra_layers=[[0, 16, 3, 2, 1]]), r"EXTRA_LAYERS.*got \[0, 16"),
