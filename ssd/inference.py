@@ -1,12 +1,7 @@
 """Makes a trained model fast for inference, without changing what it computes."""
 
 import copy
-import functools
-import logging
-import threading
-import warnings
-import weakref
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -15,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ssd.checks import check_choice
+from ssd.cuda_graph import CudaGraph
 from ssd.memory import keep_freed_memory
 from ssd.modeling import SSD
 from ssd.modeling.blocks import BATCH_NORMS, StridedConv2d
 from ssd.modeling.postprocessing import never_waits
 
-__all__ = ["CudaGraph", "compile_network", "fold_batch_norm", "optimize"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["compile_network", "fold_batch_norm", "optimize"]
 
 
 def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
@@ -70,106 +64,8 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     elif on_gpu:
         fuse_relu(model)
     if graph:
-        # not the model itself: a cycle would keep its memory until the garbage collector comes
-        model.infer = CudaGraph(functools.partial(type(model).infer, weakref.proxy(model)))
+        model.cuda_graph = CudaGraph()
     return model
-
-
-class CudaGraph:
-    """A function of CUDA tensors, as one launch per call instead of one per operation.
-
-    For each combination of shapes the first call records a graph. Results stay valid until the next
-    call. What can't be recorded runs as it is, and the log says why. Graphs share memory, where
-    smaller batches have room: the first of a larger batch releases all before. Copies record anew.
-
-    Attributes:
-        turn: a lock that threads hold from a call until they have used its results.
-    """
-
-    turn = threading.RLock()  # of all graphs: one of each couldn't be copied with its model
-
-    def __init__(self, function: Callable[..., Tuple[Tensor, ...]]):
-        self._function = function
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops what is recorded, as when the weights are elsewhere."""
-        self._graphs, self._largest, self._pool, self._stream = {}, 0, None, None
-
-    def __getstate__(self) -> Dict:
-        return {"_function": self._function}
-
-    def __setstate__(self, state: Dict) -> None:
-        self.__init__(state["_function"])
-
-    def __call__(self, *args: Tensor) -> Tuple[Tensor, ...]:
-        if not args[0].is_cuda:  # the model has been moved
-            return self._function(*args)
-        # a graph's inputs are written again in later calls, which torch.inference_mode's can't be
-        with torch.cuda.device(args[0].device), torch.inference_mode(False), torch.no_grad():
-            return self._replay(args)
-
-    def _replay(self, args: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
-        key = tuple((x.shape, x.dtype) for x in args)
-        if key not in self._graphs:
-            stream, size = torch.cuda.current_stream(), args[0].numel()
-            if size > self._largest:
-                self.forget()
-                torch.cuda.empty_cache()
-                self._largest = size
-            try:
-                self._graphs[key] = self._record(args)
-            except RuntimeError as error:
-                torch.cuda.set_stream(stream)  # not the recording one
-                logger.warning("TEST.CUDA_GRAPH isn't used for %s: %s", key, error)
-                self._graphs[key] = None
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    self._largest = 0  # of what holds memory
-        if self._graphs[key] is None:
-            return self._function(*args)
-        graph, inputs, outputs = self._graphs[key]
-        for static, x in zip(inputs, args):
-            static.copy_(x)
-        graph.replay()
-        return outputs
-
-    def _record(self, args: Tuple[Tensor, ...]):
-        inputs = [x.clone(memory_format=torch.preserve_format) for x in args]
-        stream = self._stream = self._stream or torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what is chosen, compiled or allocated at the first runs
-                self._function(*inputs)
-            self._check_that_nothing_waits(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # other threads (a loader's, the compiler's) may allocate meanwhile
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            outputs = self._function(*inputs)
-        self._pool = graph.pool()
-        return graph, inputs, outputs
-
-    def _check_that_nothing_waits(self, inputs: List[Tensor]) -> None:
-        """Before the recording: one that fails breaks torch's generators and allocator."""
-        mode = torch.cuda.get_sync_debug_mode()
-        caught, own = [], threading.get_ident()
-
-        def note(message, *_, **__):
-            if threading.get_ident() == own:  # other threads may wait for their results
-                caught.append(str(message))
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = note
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                self._function(*inputs)
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        if any("called a synchronizing" in x for x in caught):
-            raise RuntimeError("it waits for the GPU")
 
 
 def fold_batch_norm(model: nn.Module) -> None:

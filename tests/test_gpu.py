@@ -11,9 +11,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from ssd.cuda_graph import CudaGraph
 from ssd.data.loader import build_train_loader
 from ssd.engine import Trainer, TrainingStep
-from ssd.inference import CudaGraph, optimize
+from ssd.inference import optimize
 from ssd.modeling.postprocessing import _nms_per_class, _nms_without_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,7 +41,7 @@ def test_graph_and_cpu_give_the_same_detections(model, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     cfg, slow = model
     fast = optimize(slow, cfg)
-    assert isinstance(fast.infer, CudaGraph)
+    assert fast.cuda_graph
     for sizes in ([(96, 96)], [(64, 80)] * 3, [(96, 96), (50, 70)], [(96, 96)]):
         inputs = images(*sizes)
         on_gpu, recorded = slow(inputs), [fast(inputs) for _ in range(2)][-1]
@@ -52,16 +53,16 @@ def test_graph_and_cpu_give_the_same_detections(model, monkeypatch):
             torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-4)
             torch.testing.assert_close(c.scores, a.scores, rtol=0, atol=1e-4)
             assert c.image_size == (120, 90)
-    assert len(fast.infer._graphs) == 3 and all(fast.infer._graphs.values())
+    assert len(fast.cuda_graph._graphs) == 3 and all(fast.cuda_graph._graphs.values())
 
 
 @pytest.mark.parametrize("device", range(torch.cuda.device_count()))
 def test_a_graph_serves_all_modes_on_any_device(device):
-    graph, x = CudaGraph(lambda x: (x * 2,)), torch.arange(3.0, device=f"cuda:{device}")
+    graph, x = CudaGraph(), torch.arange(3.0, device=f"cuda:{device}")
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         x = x + 1
         with mode():
-            assert torch.equal(graph(x)[0], x * 2)
+            assert torch.equal(graph(lambda x: (x * 2,), x)[0], x * 2)
     assert all(graph._graphs.values())
 
 
@@ -87,12 +88,13 @@ def test_a_used_model_can_be_optimised_copied_and_moved(model):
     expected = fast(inputs)[0]["instances"]
     for other in (optimize(fast, cfg), copy.deepcopy(fast)):
         found = other(inputs)[0]["instances"]
-        assert isinstance(other.infer, CudaGraph) and all(other.infer._graphs.values())
+        graphs = other.cuda_graph._graphs
+        assert other.cuda_graph is not fast.cuda_graph and graphs and all(graphs.values())
         assert torch.equal(found.scores, expected.scores)
     del found, other
     assert len(fast.cpu()(inputs)[0]["instances"]) == len(expected)
     fast.cuda()
-    assert not fast.infer._graphs  # they read where the weights were
+    assert not fast.cuda_graph._graphs  # they read where the weights were
     assert torch.equal(fast(inputs)[0]["instances"].scores, expected.scores)
 
 
@@ -105,7 +107,7 @@ def test_threads_that_share_a_graph_get_their_own_detections(model):
             return fast([x])[0]["instances"].scores.cpu()
 
     expected = [scores(x) for x in inputs]
-    assert isinstance(fast.infer, CudaGraph) and len({x[0].item() for x in expected}) == 4
+    assert fast.cuda_graph and len({x[0].item() for x in expected}) == 4
     with ThreadPoolExecutor(len(inputs)) as threads:
         for found in [list(threads.map(scores, inputs)) for _ in range(20)]:
             assert all(map(torch.equal, found, expected))
@@ -198,10 +200,10 @@ def test_a_fused_relu_ignores_what_its_memory_held(dtype):
 # the last test here: torch doesn't free the memory of a recording that failed
 @torch.no_grad()
 def test_what_cannot_be_recorded_runs_as_it_is(caplog):
-    graph = CudaGraph(lambda x: (x[x > 0],))
+    graph = CudaGraph()
     for values in ([1.0, -1.0, 2.0], [-1.0, -1.0, 3.0]):
         x = torch.tensor(values, device="cuda")
-        assert torch.equal(graph(x)[0], x[x > 0])
+        assert torch.equal(graph(lambda x: (x[x > 0],), x)[0], x[x > 0])
     assert "TEST.CUDA_GRAPH isn't used" in caplog.text and "waits for the GPU" in caplog.text
     torch.rand(1, device="cuda")  # a failed recording would break its generator
     assert torch.cuda.current_stream() == torch.cuda.default_stream()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ssd.checks import check_choice, check_model
+from ssd.cuda_graph import CudaGraph
 from ssd.modeling.blocks import BATCH_NORMS, pad_as_tensorflow
 from ssd.modeling.default_boxes import DefaultBoxGenerator, check_centers
 from ssd.modeling.head import SSDHead, SSDLiteHead
@@ -38,9 +39,11 @@ class SSD(DenseDetector):
     Attributes:
         default_boxes: (R, 4) XYXY in pixels of the network's input.
         inference_dtype: of the network in evaluation mode, by autocast; None: that of its weights.
+        cuda_graph: calls :meth:`infer` in evaluation mode, if there is one.
     """
 
     inference_dtype: Optional[torch.dtype] = None
+    cuda_graph: Optional[CudaGraph] = None
 
     @configurable
     def __init__(
@@ -182,16 +185,20 @@ class SSD(DenseDetector):
             for x, (height, width) in zip(batched_inputs, images.image_sizes)
         ]
         output = output_transform(sizes, self.input_size).to(self.device, non_blocking=True)
-        with getattr(self.infer, "turn", contextlib.nullcontext()):  # a CUDA graph's
-            logits, deltas, *first = self.infer(images.tensor, output)
-            first = [x.clone() for x in first]  # the graph's own are those of the next call, too
+        graph = self.cuda_graph
+        with graph.turn if graph else contextlib.nullcontext():
+            if graph:
+                logits, deltas, *first = graph(self.infer, images.tensor, output)
+                first = [x.clone() for x in first]  # the graph's own are those of the next call
+            else:
+                logits, deltas, *first = self.infer(images.tensor, output)
             results = self.detect(logits, deltas, sizes, first=first)
         return [{"instances": instances} for instances in results]
 
     def _apply(self, *args, **kwargs):
         moved = super()._apply(*args, **kwargs)
-        if hasattr(self.infer, "forget"):  # a CUDA graph, which reads the weights' old memory
-            self.infer.forget()
+        if self.cuda_graph:  # it reads the weights' old memory
+            self.cuda_graph.forget()
         return moved
 
     def infer(self, images: Tensor, output: Tensor) -> Tuple[Tensor, ...]:

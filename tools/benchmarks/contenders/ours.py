@@ -1,5 +1,6 @@
 """This project."""
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -160,11 +161,15 @@ class Ours(Contender):
 
     def _as_graph(self, function: Callable) -> Callable:
         """As inference runs it."""
-        if self.spec.device != "cuda":
+        if self.spec.device != "cuda" or not self.config().TEST.CUDA_GRAPH:
             return function
-        from ssd.inference import CudaGraph
+        try:
+            from ssd.cuda_graph import CudaGraph
+        except ImportError:  # another checkout
+            from ssd.inference import CudaGraph
 
-        return CudaGraph(function)
+            return CudaGraph(function)
+        return functools.partial(CudaGraph(), function)
 
     def network(self) -> Work:
         model = self._inference_model()
