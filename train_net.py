@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Trains or evaluates an SSD. In a lab: python ../../train_net.py --config-file ./config.yaml"""
 
+import logging
 import os
 
 # GNU OpenMP's waiting threads spin by default; on CPUs they would take the loaders' cores.
@@ -21,6 +22,10 @@ def main(args):
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = SSDCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, strict=True)
+        if args.resume and not checkpointer.has_checkpoint():
+            logging.getLogger("ssd").warning(
+                "--resume: no checkpoint in %s, MODEL.WEIGHTS is evaluated", cfg.OUTPUT_DIR
+            )
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:

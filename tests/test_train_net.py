@@ -239,15 +239,23 @@ def last_losses(folder):
     return [line[key] for key in ("total_loss", "loss_cls", "loss_box_reg")]
 
 
-def test_evaluation_takes_the_last_checkpoint_with_resume(repo, tiny_cfg, tiny_opts):
+def test_evaluation_takes_the_last_checkpoint_with_resume(repo, tiny_cfg, tiny_opts, tmp_path):
     cfg = tiny_cfg("SOLVER.MAX_ITER", 1)
     Trainer(cfg).train()
     main = runpy.run_path(str(repo / "train_net.py"))["main"]
-    lab = str(repo / "labs" / "quickstart" / "config.yaml")
-    opts = [*tiny_opts, "OUTPUT_DIR", cfg.OUTPUT_DIR]
-    main(argument_parser().parse_args(["--config-file", lab, "--eval-only", "--resume", *opts]))
-    with open(f"{cfg.OUTPUT_DIR}/log.txt") as file:
-        assert f"Loading from {cfg.OUTPUT_DIR}/model_final.pth" in file.read()
+    weights, other = f"{cfg.OUTPUT_DIR}/model_final.pth", str(tmp_path / "other")
+
+    def evaluate(output, *more):
+        lab = str(repo / "labs" / "quickstart" / "config.yaml")
+        opts = [*tiny_opts, "OUTPUT_DIR", output, *more]
+        main(argument_parser().parse_args(["--config-file", lab, "--eval-only", "--resume", *opts]))
+        with open(f"{output}/log.txt") as file:
+            return file.read()
+
+    warning = "--resume: no checkpoint in {}, MODEL.WEIGHTS is evaluated"
+    text = evaluate(cfg.OUTPUT_DIR)
+    assert f"Loading from {weights}" in text and warning.format(cfg.OUTPUT_DIR) not in text
+    assert warning.format(other) in evaluate(other, "MODEL.WEIGHTS", weights)
 
 
 @pytest.mark.parametrize("arguments, last_line", [
