@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import re
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -251,13 +251,15 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.WANDB.NAME = ""  # of the run; empty: W&B invents one
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+def load_config(config_file: str, opts: Sequence[str] = (), cfg: Optional[CN] = None) -> CN:
     """Reads a lab's config and registers the data sets that it names; on a machine without a GPU
     ``MODEL.DEVICE`` becomes "cpu".
 
     Args:
         config_file: path of a YAML file; its ``_BASE_`` is followed.
         opts: overrides as KEY VALUE pairs, as on the command line.
+        cfg: what knows all keys, left as it is. Default: Detectron2's ``get_cfg()`` after
+            :func:`add_ssd_config`; give one for keys of your own.
 
     Returns:
         the frozen config.
@@ -272,7 +274,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     """
     from ssd.data.datasets import register_datasets
 
-    cfg = read_config(config_file, opts)
+    cfg = read_config(config_file, opts, cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning(f"No GPU: MODEL.DEVICE is cpu, not {cfg.MODEL.DEVICE}")
         cfg.MODEL.DEVICE = "cpu"
@@ -323,16 +325,18 @@ def _warn_of_keys_without_effect(cfg: CN) -> None:
         )
 
 
-def read_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+def read_config(config_file: str, opts: Sequence[str] = (), cfg: Optional[CN] = None) -> CN:
     """As :func:`load_config`, but registers nothing, keeps the device, and isn't frozen."""
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
         raise ValueError(f"{flags[0]} has to stand before the KEY VALUE pairs of the config")
     if len(opts) % 2:
         raise ValueError(f"config overrides are KEY VALUE pairs, got {list(map(str, opts))}")
-    cfg = get_cfg()
-    add_ssd_config(cfg)
-    default = cfg.clone()
+    if cfg is None:
+        cfg = get_cfg()
+        add_ssd_config(cfg)
+    default, cfg = cfg, cfg.clone()
+    cfg.defrost()
     if config_file:
         if not PathManager.isfile(config_file):
             raise FileNotFoundError(

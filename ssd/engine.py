@@ -55,6 +55,7 @@ from ssd.hooks import (
 )
 from ssd.inference import compile_network, optimize
 from ssd.metrics import START, end_last_line
+from ssd.modeling import SSD
 from ssd.solver import build_lr_scheduler, check_solver, scale_learning_rate, schedule_in_iterations
 from ssd.summary import holds_training
 from ssd.test_time_augmentation import SSDWithTTA
@@ -144,10 +145,12 @@ class Trainer(DefaultTrainer):
                 check_records(name, cfg.TEST.EVALUATORS)
         cfg = schedule_in_iterations(cfg, num_images(data_loader))
         model = self.build_model(cfg)
-        if not (cfg.MODEL.WEIGHTS or all(x.requires_grad for x in model.parameters())):
+        frozen = [name for name, x in model.named_parameters() if not x.requires_grad]
+        if frozen and not cfg.MODEL.WEIGHTS:
             logger.warning(
-                "MODEL.WEIGHTS is empty, but there are frozen layers, which stay random: "
-                "MODEL.BACKBONE.FREEZE_AT 0 trains all"
+                f"MODEL.WEIGHTS is empty, but {len(frozen)} parameters are frozen, {frozen[0]} …, "
+                "which stay random unless your code loads them; MODEL.BACKBONE.FREEZE_AT 0 trains "
+                "all of a ResNet"
             )
         optimizer = self.build_optimizer(cfg, model)
         ema = cfg.SOLVER.EMA
@@ -283,6 +286,14 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = {**self._last_eval_results, **results}
             return results
 
+        if not isinstance(model, SSD):
+            keys = {
+                "VIS_PERIOD": cfg.VIS_PERIOD > 0,
+                "TEST.LOSS_PERIOD": test.LOSS_PERIOD and not self._overrides("test_losses"),
+                "TEST.AUG.ENABLED": test.AUG.ENABLED and not self._overrides("test_with_TTA"),
+            }
+            if wrong := [key for key, value in keys.items() if value]:
+                raise ValueError(f"{', '.join(wrong)}: only for an SSD, not {type(model).__name__}")
         ret = super().build_hooks()
         writer = [ret.pop()] if comm.is_main_process() else []
         evaluation = Evaluation(test.EVAL_PERIOD, evaluate)

@@ -141,6 +141,12 @@ class COCOBoxEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             logger.info(f"{path} is written; without annotations there is nothing to evaluate")
             return
+        evaluated = {image["image_id"] for image in predictions}
+        if img_ids is None and len(evaluated) < len(self._coco_api.imgs):
+            logger.warning(
+                f"{len(evaluated)} of the annotations' {len(self._coco_api.imgs)} images were "
+                "evaluated: the objects of the others count as missed"
+            )
         coco_eval = None
         if results:
             logger.info(f"Evaluating {len(results)} detections with ssd.evaluation's BoxEval")

@@ -2,6 +2,7 @@
 checkpoint, early stopping, pictures, Weights & Biases, a stop that loses nothing."""
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from typing import Dict, Iterable, List, Optional
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -76,8 +77,8 @@ class WeightAverage(HookBase):
     @torch.no_grad()
     def after_step(self) -> None:
         decay = min(self._decay, (1 + self._count) / (10 + self._count))
-        values = self._trained.state_dict()
-        for name, average in self.model.state_dict().items():
+        values = dict(_tensors(self._trained))
+        for name, average in _tensors(self.model):
             if average.is_floating_point():
                 average.lerp_(values[name], 1 - decay)
             else:
@@ -89,6 +90,11 @@ class WeightAverage(HookBase):
 
     def load_state_dict(self, state_dict: Dict) -> None:
         self._count = state_dict["count"]
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[Tuple[str, torch.Tensor]]:
+    """Parameters and buffers with their names: each once, also if it stands in several places."""
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 class BestCheckpoint(HookBase):
@@ -156,23 +162,24 @@ def validation_losses(model: SSD, loader: Iterable[List[Dict]]) -> Dict[str, flo
         loader: batches as in training, with ``instances``.
 
     Returns:
-        ``loss_cls``, ``loss_box_reg`` and ``total_loss``; 0 each without images.
+        what :meth:`SSD.losses` gives, ``loss_cls`` and ``loss_box_reg``, and ``total_loss``; 0 each
+        without images.
     """
-    names = ("loss_cls", "loss_box_reg")
-    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+    sums = dict.fromkeys(("loss_cls", "loss_box_reg", "divisor"), 0.0)
     with inference_context(model), torch.no_grad():
         for batch in loader:
             features = model.backbone(model.preprocess_image(batch).tensor)
             predictions = model.head([features[name] for name in model.head_in_features])
             losses, divisor = model.losses(predictions, [x["instances"] for x in batch])
             if divisor.dim():  # a mean over images, of losses divided by each image's own
-                losses = {name: losses[name] / divisor * len(batch) for name in names}
+                losses = {name: loss / divisor * len(batch) for name, loss in losses.items()}
                 divisor = torch.tensor(len(batch))
-            sums += torch.stack([*(losses[name].sum() for name in names), divisor.to(sums.device)])
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(sums)
-    *losses, divisor = sums.tolist()
-    values = {name: loss / max(1.0, divisor) for name, loss in zip(names, losses)}
+            for name, value in {**losses, "divisor": divisor}.items():
+                sums[name] = sums.get(name, 0.0) + value.double().sum()
+    parts = comm.all_gather({name: float(value) for name, value in sums.items()})
+    divisor = max(1.0, sum(part.pop("divisor") for part in parts))
+    names = dict.fromkeys(name for part in parts for name in part)
+    values = {name: sum(part.get(name, 0.0) for part in parts) / divisor for name in names}
     return {**values, "total_loss": sum(values.values())}
 
 
@@ -354,6 +361,7 @@ class GracefulStop(HookBase):
         self._handlers: Dict[int, object] = {}
 
     def before_train(self) -> None:
+        self._signal = 0  # of an earlier train()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)

@@ -1,6 +1,7 @@
 """Makes a trained model fast for inference, without changing what it computes."""
 
 import copy
+import logging
 from typing import Iterator
 
 import torch
@@ -18,6 +19,8 @@ from ssd.modeling.postprocessing import never_waits
 
 __all__ = ["compile_network", "fold_batch_norm", "optimize"]
 
+logger = logging.getLogger(__name__)
+
 
 def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """The model for inference: a copy in evaluation mode, or itself if nothing can be done to it.
@@ -30,7 +33,7 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
     Args:
         model: an SSD, also wrapped in DistributedDataParallel; any other model is returned itself,
-            without the wrapper.
+            without the wrapper, and so is one with forward hooks or that can't be copied.
 
     Raises:
         ValueError: ``TEST.DTYPE`` isn't known.
@@ -51,7 +54,14 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     )
     if not (cfg.MODEL.COMPILE or dtype or graph or any(_normed_convolutions(model))):
         return model
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if any(module._forward_hooks for module in model.modules()):
+        logger.warning("Forward hooks may be tied to this model: evaluated as it is, not optimised")
+        return model
+    try:
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:  # what a backbone holds, as tensors with gradients
+        logger.warning(f"The model can't be copied: evaluated as it is, not optimised ({error})")
+        return model
     fold_batch_norm(model)
     if dtype:
         model.inference_dtype = dtype
@@ -84,7 +94,12 @@ def fold_batch_norm(model: nn.Module) -> None:
 
 def _normed_convolutions(model: nn.Module) -> Iterator[Conv2d]:
     for module in model.modules():
-        if isinstance(module, Conv2d) and isinstance(module.norm, BATCH_NORMS):
+        if (
+            type(module) in (Conv2d, StridedConv2d)  # another class may use its weight otherwise
+            and "weight" in module._parameters  # not computed, as with weight norm or pruning
+            and isinstance(module.norm, BATCH_NORMS)
+            and module.norm.running_mean is not None
+        ):
             yield module
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathHandler, PathManager
 
@@ -206,6 +206,19 @@ def test_files_behind_a_handler(tmp_path):
     write(tmp_path, "SEED: 5")
     PathManager.register_handler(Handler(), allow_override=True)
     assert load_config("own://config.yaml").SEED == 5
+
+
+def test_keys_of_ones_own(tmp_path):
+    path = write(tmp_path, "MODEL: {FOCAL: {GAMMA: 3.0}}")
+    with pytest.raises(KeyError, match="unknown config key MODEL.FOCAL"):
+        load_config(path)
+    own = get_cfg()
+    add_ssd_config(own)
+    own.MODEL.FOCAL = CfgNode({"GAMMA": 2.0, "ALPHA": 0.25})
+    own.freeze()
+    cfg = load_config(path, ["MODEL.FOCAL.ALPHA", 0.5], own)
+    assert cfg.MODEL.FOCAL == {"GAMMA": 3.0, "ALPHA": 0.5} and cfg.is_frozen()
+    assert own.MODEL.FOCAL.GAMMA == 2.0
 
 
 def test_subclasses_are_ssds_too(repo, caplog, monkeypatch):

@@ -329,7 +329,7 @@ def test_frozen_random_layers_are_told(tiny_cfg, caplog):
     for freeze_at in (2, 0):
         caplog.clear()
         Trainer(tiny_cfg(*opts.split(), "MODEL.BACKBONE.FREEZE_AT", freeze_at))
-        assert ("frozen layers, which stay random" in caplog.text) == (freeze_at > 0)
+        assert ("which stay random" in caplog.text) == (freeze_at > 0)
 
 
 def test_best_checkpoint_says_its_iteration_and_is_not_what_a_resume_takes(tiny_cfg):
@@ -697,6 +697,37 @@ def test_averages_computed_by_hand():
     resumed.load_state_dict(average.state_dict())
     resumed.before_train()
     assert resumed.model.weight.item() == pytest.approx(10, abs=1e-5)
+
+
+def test_what_stands_in_two_places_is_averaged_once():
+    shared = torch.nn.BatchNorm1d(1)
+    model = torch.nn.Sequential(shared, shared)
+    average = WeightAverage(model, decay=0.2)
+    average.before_train()
+    shared.weight.data.fill_(11.0)
+    shared.running_mean.fill_(10.0)
+    average.after_step()  # decay 0.1
+    assert average.model[1].weight.item() == pytest.approx(10.0)
+    assert average.model[1].running_mean.item() == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("VIS_PERIOD", 2), ("TEST.LOSS_PERIOD", 2), ("TEST.AUG.ENABLED", True)
+])  # fmt: skip
+def test_what_only_an_ssd_can_do_is_refused_before_the_training(tiny_cfg, key, value):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            self.student = build_model(cfg)
+
+    class OwnTrainer(Trainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return Wrapper(cfg)
+
+    OwnTrainer(tiny_cfg())
+    with pytest.raises(ValueError, match=f"{key}: only for an SSD, not Wrapper"):
+        OwnTrainer(tiny_cfg(key, value))
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])

@@ -326,6 +326,17 @@ def test_coco_converts_anew(tmp_path):
         assert detect(evaluator, [[(B, 0, 0.5)]])["bbox"]["AP50"] == pytest.approx(100)
 
 
+def test_images_that_were_not_evaluated_are_told(tmp_path, caplog):
+    register([[(A, 0)], [(B, 0)]], ["one"])
+    evaluator = COCOBoxEvaluator(NAME, str(tmp_path))
+    for images, told in (([[(A, 0, 0.9)], [(B, 0, 0.8)]], False), ([[(A, 0, 0.9)]], True)):
+        caplog.clear()
+        results = detect(evaluator, images)["bbox"]
+        assert results["AP"] == pytest.approx(100 if not told else 50.495, abs=0.01)
+        text = "1 of the annotations' 2 images were evaluated: the objects of the others count"
+        assert (text in caplog.text) == told
+
+
 def test_coco_ignores_difficult(tmp_path):
     register([[(A, 0), (B, 0, 1)]], ["cat"])
     results = detect(COCOBoxEvaluator(NAME, str(tmp_path)), [[(B, 0, 0.9), (A, 0, 0.6)]])["bbox"]

@@ -19,6 +19,7 @@ from trainers import ScriptedTrainer, checkpoint, joined, train
 from ssd.config import load_config
 from ssd.engine import Trainer
 from ssd.hooks import GracefulStop, TrainingPictures, WandbWriter, validation_losses
+from ssd.modeling import SSD
 
 STOPPING = "TEST.EVAL_PERIOD 1 TEST.BEST_METRIC bbox/AP50 SOLVER.IMS_PER_BATCH 2".split()
 
@@ -71,6 +72,17 @@ def test_validation_losses_are_those_of_one_batch_of_all_images(tiny_cfg, normal
     assert model.training
     assert_equal(dict(model.state_dict()), before)
     assert set(validation_losses(model, []).values()) == {0.0}
+
+
+def test_validation_losses_hold_those_of_a_subclass(tiny_cfg):
+    class OwnSSD(SSD):
+        def losses(self, predictions, gt_instances):
+            losses, divisor = super().losses(predictions, gt_instances)
+            return {**losses, "loss_own": 3 * losses["loss_cls"]}, divisor
+
+    found = validation_losses(OwnSSD(tiny_cfg()), [batch(3)])
+    assert found["loss_own"] == pytest.approx(3 * found["loss_cls"])
+    assert found["total_loss"] == pytest.approx(4 * found["loss_cls"] + found["loss_box_reg"])
 
 
 def test_losses_and_pictures_are_written_and_change_nothing(tiny_cfg, tmp_path, assert_equal):
@@ -218,6 +230,15 @@ def test_an_evaluation_that_was_killed_is_repeated(tiny_cfg, tmp_path):
         run("killed", [5.0, KeyboardInterrupt()])
     assert run("killed", [9.0, 4.0, 3.0, 2.0], resume=True) == expected
     assert checkpoint(tiny_cfg(*opts, str(tmp_path / "killed")), "model_best.pth")["iteration"] == 1
+
+
+def test_a_stopped_trainer_can_train_again(tiny_cfg):
+    """As in a notebook, after Ctrl-C."""
+    hook = GracefulStop(None)
+    hook._note(signal.SIGINT, None)
+    hook.before_train()
+    hook.after_train()
+    assert not hook._signal
 
 
 def test_only_a_later_signal_stops_at_once(monkeypatch):

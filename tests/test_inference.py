@@ -105,6 +105,38 @@ def test_detections_in_each_type(tiny_cfg, dtype):
     assert model.inference_dtype is None
 
 
+class StandardisedConv(Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return self.norm(torch.nn.functional.conv2d(x, weight))
+
+
+@pytest.mark.parametrize("kind", ["subclass", "weight norm", "norm without statistics"])
+def test_what_cannot_be_folded_stays(kind):
+    cls = StandardisedConv if kind == "subclass" else Conv2d
+    norm = nn.BatchNorm2d(4, track_running_stats=kind != "norm without statistics")
+    conv = cls(3, 4, 1, norm=norm)
+    if kind == "weight norm":
+        nn.utils.parametrizations.weight_norm(conv)
+    if norm.running_var is not None:
+        norm.running_var.fill_(0.3)
+    model, x = nn.Sequential(conv).eval(), torch.rand(2, 3, 5, 5)
+    expected = model(x)
+    fold_batch_norm(model)
+    assert conv.norm is norm and torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["hook", "graph"])
+def test_a_model_that_cannot_be_copied_is_evaluated_as_it_is(tiny_cfg, kind, caplog):
+    model = build_model(tiny_cfg())
+    if kind == "hook":  # tied to this one
+        model.backbone.register_forward_hook(lambda *_: None)
+    else:
+        model.seen = 2 * next(model.parameters())
+    assert optimize(model, tiny_cfg()) is model
+    assert "evaluated as it is, not optimised" in caplog.text
+
+
 def test_an_unknown_type_names_the_key(tiny_cfg):
     cfg = tiny_cfg("TEST.DTYPE", "half")
     with pytest.raises(ValueError, match="TEST.DTYPE must be one of .*'half'"):

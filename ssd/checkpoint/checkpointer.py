@@ -173,7 +173,7 @@ class SSDCheckpointer(DetectionCheckpointer):
 
     def _to_ours(self, checkpoint: Dict[str, Any]) -> Tuple[State, str, str]:
         """A file's weights by our names, what they are, and :meth:`_check_definition`'s advice."""
-        state, lineage = identify(checkpoint)
+        state, lineage = identify(checkpoint, self.model.state_dict())
         self.lineage = lineage
         if lineage is None:
             return state, "weights", ""

@@ -3,7 +3,7 @@
 import functools
 import json
 from dataclasses import replace
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Collection, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
@@ -80,11 +80,14 @@ def find_weights(data: Dict[str, Any], path: str) -> Dict[str, Any]:
     return {**(data if key else {}), "model": state}
 
 
-def unwrap(state: State) -> State:
-    """Without what data parallelism, compilation or a trainer put in front of every name."""
+def unwrap(state: State, own: Collection[str] = ()) -> State:
+    """Without what data parallelism, compilation or a trainer put in front of every name, unless
+    there are names of the model that the weights are for (``own``), which may begin so."""
     names = list(state)
-    while names and (
-        prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), None)
+    while (
+        names
+        and not any(name in own for name in names)
+        and (prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), None))
     ):
         names = [name.removeprefix(prefix) for name in names]
     return dict(zip(names, state.values()))
@@ -95,9 +98,12 @@ def recognise(state: State, meta: Optional[Dict[str, Any]] = None) -> Optional[L
     return next((x for x in (*DETECTORS, *BACKBONES) if x.recognises(state, meta)), None)
 
 
-def identify(checkpoint: Dict[str, Any]) -> Tuple[State, Optional[Lineage]]:
-    """Weights, by their own names, and lineage of what :func:`find_weights` gives."""
-    state = unwrap(checkpoint["model"])
+def identify(
+    checkpoint: Dict[str, Any], own: Collection[str] = ()
+) -> Tuple[State, Optional[Lineage]]:
+    """Weights, by their own names, and lineage of what :func:`find_weights` gives. ``own``: see
+    :func:`unwrap`."""
+    state = unwrap(checkpoint["model"], own)
     author = checkpoint.pop("__author__", None)
     if author == "Caffe2":
         state = {k: torch.as_tensor(x) for k, x in convert_c2_detectron_names(state)[0].items()}

@@ -101,6 +101,11 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
             metadata = MetadataCatalog.get(name)
             if key == "TRAIN" and not is_train and metadata.get("thing_classes") is None:
                 continue
+            if name not in DatasetCatalog and name in cfg.DATASETS.REGISTER:
+                raise ValueError(
+                    f"DATASETS.{key}: {name!r} of DATASETS.REGISTER isn't registered; "
+                    "ssd.load_config does so, or register_datasets of ssd.data.datasets"
+                )
             if name not in DatasetCatalog:
                 raise ValueError(
                     f"DATASETS.{key}: data set {name!r} is neither in DATASETS.REGISTER nor known "
@@ -165,13 +170,14 @@ def _without_defects(name: str) -> list[dict]:
 
 
 def _voc(name: str, entry: dict) -> tuple:
-    metadata = {"image_root": os.path.join(entry["ROOT"], "JPEGImages")}
+    metadata = {"image_root": os.path.join(entry["ROOT"], "JPEGImages"), "evaluator_type": "coco"}
     return lambda: _without_defects(name), {**metadata, "thing_classes": entry["CLASSES"]}
 
 
 def _yolo(name: str, entry: dict) -> tuple:
     images = os.path.join(entry["ROOT"], entry["IMAGES"])
-    metadata = {"image_root": os.path.dirname(images) if images.endswith(".txt") else images}
+    root = os.path.dirname(images) if images.endswith(".txt") else images
+    metadata = {"image_root": root, "evaluator_type": "coco"}
     if entry["CLASSES"] and not isinstance(entry["CLASSES"], str):
         metadata["thing_classes"] = entry["CLASSES"]
     return lambda: _without_defects(name), metadata

@@ -77,7 +77,7 @@ class DefaultBoxGenerator(nn.Module):
                 f"{list(map(list, aspect_ratios))}"
             )
         self.input_size = tuple(input_size)
-        self.steps = [tuple(s) if isinstance(s, (list, tuple)) else (s, s) for s in steps]
+        self.steps = [tuple(s) if isinstance(s, Sequence) else (s, s) for s in steps]
         if not all(len(s) == 2 and 0 < min(s) and max(s) < math.inf for s in self.steps):
             raise ValueError(
                 "MODEL.SSD.DEFAULT_BOXES.STEPS must be positive numbers of pixels, or pairs (y, x) "

@@ -83,7 +83,7 @@ class SSDBackbone(Backbone):
         self.extra_layers = nn.ModuleList()
         for number, row in enumerate(extra_layers, 1):
             least = (1, 1, 1, 1, 0)
-            is_row = isinstance(row, (list, tuple)) and len(row) == 5
+            is_row = isinstance(row, Sequence) and len(row) == 5
             if not (is_row and all(isinstance(x, int) and x >= y for x, y in zip(row, least))):
                 raise ValueError(
                     "MODEL.SSD.EXTRA_LAYERS: a row is [bottleneck channels, output channels, "

@@ -70,5 +70,5 @@ class SSDLiteHead(SSDHead):
 
 def _join(maps: List[Tensor], size: int) -> Tensor:
     """Maps (N, A * size, H, W) to one (N, R, size); a view of each map if it is channels-last."""
-    maps = [x.permute(0, 2, 3, 1).reshape(len(x), -1, size) for x in maps]
+    maps = [x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, size) for x in maps]
     return torch.cat(maps, dim=1)

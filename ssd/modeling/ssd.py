@@ -1,6 +1,7 @@
 """SSD: Single Shot MultiBox Detector (arXiv 1512.02325)."""
 
 import contextlib
+import copy
 import functools
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -287,7 +288,7 @@ class SSD(DenseDetector):
     def losses(
         self, predictions: Tuple[List[Tensor], List[Tensor]], gt_instances: List[Instances]
     ) -> Tuple[Dict[str, Tensor], Tensor]:
-        """Losses of each of N images, not yet divided.
+        """Losses of each of N images, not yet divided; validation losses are these, too.
 
         Args:
             predictions: of each level, see :meth:`SSDHead.forward`.
@@ -368,7 +369,9 @@ class SSD(DenseDetector):
         try:
             with inference_context(self.backbone), torch.no_grad():
                 try:
-                    features = torch.func.functional_call(self.backbone, state, image.to("meta"))
+                    # a copy, of the same tensors: it may keep what it makes
+                    backbone = copy.deepcopy(self.backbone, {id(x): x for _, x in tensors})
+                    features = torch.func.functional_call(backbone, state, image.to("meta"))
                 except Exception:  # whatever a backbone does that needs numbers
                     features = self.backbone(image)
         except RuntimeError as error:

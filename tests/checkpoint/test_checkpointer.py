@@ -252,6 +252,18 @@ def test_names_of_a_wrapped_model(tmp_path, prefix):
     assert same(model.state_dict(), source)
 
 
+def test_a_model_that_is_a_wrapper_itself(tmp_path):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.model = make_model(seed=seed)
+
+    first, second = Wrapper(0), Wrapper(1)
+    SSDCheckpointer(first, str(tmp_path)).save("model_0000004", iteration=4)
+    SSDCheckpointer(second, str(tmp_path), strict=True).resume_or_load("", resume=True)
+    assert same(second.state_dict(), first.state_dict())
+
+
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net"])
 def test_weights_by_any_usual_key(tmp_path, key):
     model = make_model()

@@ -172,6 +172,14 @@ def test_check_class_count(tmp_path):
     with pytest.raises(ValueError, match="DATASETS.TEST: data set 't_cocoo'.*did you mean t_coco"):
         check_class_count(make_cfg(entries, ["t_voc"], ["t_cocoo"]))
     check_class_count(make_cfg({}, ["coco_2017_train"], ["coco_2017_val"], 80))
+    with pytest.raises(ValueError, match="'t_new' of DATASETS.REGISTER isn't registered"):
+        check_class_count(make_cfg({"t_new": VOC}, ["t_new"], []))
+
+
+@pytest.mark.parametrize("entry", [VOC, COCO, {"FORMAT": "yolo", "ROOT": "d", "IMAGES": "i"}])
+def test_detectron2s_scripts_know_the_evaluator(entry):
+    register_datasets(make_cfg({"t_any": entry}))
+    assert MetadataCatalog.get("t_any").evaluator_type == "coco"
 
 
 def test_an_evaluation_does_not_read_the_training_data(tmp_path):

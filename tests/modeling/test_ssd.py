@@ -45,6 +45,21 @@ class BackboneOfAUser(Backbone):
         return {"map": self.conv(x) + self.shift}
 
 
+@BACKBONE_REGISTRY.register()
+class BackboneWithACache(BackboneOfAUser):
+    """Keeps what depends on the map's size."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__(cfg, input_shape)
+        self.rows = {}
+
+    def forward(self, x):
+        (x,) = super().forward(x).values()
+        if x.shape not in self.rows:
+            self.rows[x.shape] = torch.arange(x.shape[2], device=x.device)[:, None]
+        return {"map": x + self.rows[x.shape]}
+
+
 def make_config(*opts, base="ssdlite_mobilenetv2"):
     lite = LITE if base == "ssdlite_mobilenetv2" else []
     return load_config(str(BASES / f"{base}.yaml"), [*SMALL, *lite, *opts])
@@ -315,13 +330,20 @@ def test_half_precision_takes_images_of_any_size():
 
 
 def test_tracing_says_what_can_be_traced():
-    model = make_model().eval()
+    model = make_model().eval().requires_grad_(False)
     with pytest.raises(RuntimeError, match="trace backbone and head"):
         torch.jit.trace(lambda x: model([{"image": x}])[0]["instances"].scores, image())
     traced = torch.jit.trace(model.backbone, torch.zeros(1, 3, 96, 96), strict=False)
     x = torch.rand(1, 3, 96, 96)
     for name, feature in model.backbone(x).items():
         torch.testing.assert_close(traced(x)[name], feature)
+
+    def head(*features):
+        return model.head.flatten(*model.head(list(features)))
+
+    one, four = (tuple(model.backbone(torch.rand(n, 3, 96, 96)).values()) for n in (1, 4))
+    for found, expected in zip(torch.jit.trace(head, one)(*four), head(*four)):
+        torch.testing.assert_close(found, expected)
 
 
 def test_classes_may_be_of_any_integer_type():
@@ -354,7 +376,9 @@ class BackboneThatReadsNumbers(BackboneOfAUser):
         return super().forward(x + torch.zeros(1, 3, 1, 1))
 
 
-@pytest.mark.parametrize("name", ["BackboneOfAUser", "BackboneThatReadsNumbers"])
+@pytest.mark.parametrize(
+    "name", ["BackboneOfAUser", "BackboneThatReadsNumbers", "BackboneWithACache"]
+)
 def test_a_backbone_of_ones_own(name):
     model = make_model(
         *f"MODEL.SSD.BOTTOM_UP {name} MODEL.SSD.IN_FEATURES ['map']".split(),
