@@ -8,6 +8,7 @@ from typing import Dict, List, Tuple
 import cv2
 import numpy as np
 import torch
+from detectron2.data.datasets import load_coco_json
 from lineages.rows import ROOT
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def write_images(folder: Path, count: int, num_classes: int, detailed: bool = Tr
     records, what = _source(folder, count)
     rng = np.random.default_rng(0)
     detail = DETAIL * _pink_noise(rng, (2 * SIZE[0], 2 * SIZE[1]))
-    images, annotations, size = [], [], 0
+    objects, size = {}, 0
     for number, record in enumerate(records):
         image = cv2.imread(record["file_name"])
         height, width = image.shape[:2]
@@ -53,19 +54,12 @@ def write_images(folder: Path, count: int, num_classes: int, detailed: bool = Tr
         path = str(folder / "images" / name)
         cv2.imwrite(path, image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
         size += os.path.getsize(path)
-        images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
-        for x0, y0, x1, y1 in (xyxy_boxes(record["annotations"]) * scale).tolist():
-            annotations.append(
-                {
-                    "id": len(annotations) + 1, "image_id": number, "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
-                    "category_id": int(rng.integers(num_classes)) + 1,
-                }
-            )  # fmt: skip
-    write_coco(folder / "train.json", images, annotations, num_classes)
+        boxes = xyxy_boxes(record["annotations"]) * scale
+        objects[name] = boxes, [int(rng.integers(num_classes)) for _ in boxes]
+    _write_coco(folder / "train.json", objects, num_classes)
     what += " with noise" if detailed else ""
-    what = f"{len(images)} {what}, {SIZE[1]}x{SIZE[0]}, JPEG quality {QUALITY}"
-    return f"{what}, {size / len(images) / 1000:.0f} KB each"
+    what = f"{len(objects)} {what}, {SIZE[1]}x{SIZE[0]}, JPEG quality {QUALITY}"
+    return f"{what}, {size / len(objects) / 1000:.0f} KB each"
 
 
 def _pink_noise(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
@@ -84,30 +78,34 @@ def _source(folder: Path, count: int) -> Tuple[List[Dict], str]:
             records = [r for s in ("trainval", "test") for r in read_voc(str(bccd), s, CLASSES)]
             if len(records) >= count:
                 return records[:count], "photographs (BCCD)"
-    path = render_shapes(str(folder / "shapes"), "train", count)
-    data = json.loads(Path(path).read_text())
-    records = {
-        image["id"]: {
-            "file_name": str(Path(path).parent / "train" / "images" / image["file_name"]),
-            "annotations": [],
-        }
-        for image in data["images"]
-    }
-    for annotation in data["annotations"]:
-        records[annotation["image_id"]]["annotations"].append({**annotation, "bbox_mode": 1})
-    return list(records.values()), "rendered images"
+    path = Path(render_shapes(str(folder / "shapes"), "train", count))
+    return load_coco_json(str(path), str(path.parent / "train" / "images")), "rendered images"
 
 
-def write_coco(path: Path, images, annotations, num_classes: int) -> None:
+def _write_coco(
+    path: Path, objects: Dict[str, Tuple[np.ndarray, List[int]]], num_classes: int
+) -> None:
+    """COCO's format of each image's boxes (M, 4) XYXY and their classes from 0, by file name."""
+    images, annotations = [], []
+    for number, (name, (boxes, labels)) in enumerate(objects.items()):
+        images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": number, "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
+                    "category_id": label + 1,
+                }
+            )  # fmt: skip
     categories = [{"id": k + 1, "name": f"class {k + 1}"} for k in range(num_classes)]
     data = {"images": images, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps(data))
 
 
-def read_records(folder: Path, name: str = "train") -> List[Dict]:
-    """Of each image ``file_name``, ``boxes`` (M, 4) float32 XYXY and ``classes`` (M,) int64 in
-    [0, K)."""
-    data = json.loads((folder / f"{name}.json").read_text())
+def read_records(folder: Path) -> List[Dict]:
+    """Of each image ``file_name``, ``image_id``, ``boxes`` (M, 4) float32 XYXY in its pixels and
+    ``classes`` (M,) int64 in [0, K)."""
+    data = json.loads((folder / "train.json").read_text())
     found = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
         found[annotation["image_id"]].append(annotation)
@@ -134,19 +132,15 @@ def photographs(folder: Path, count: int) -> List[Tensor]:
 
 
 def training_batch(folder: Path, count: int, size: Tuple[int, int]) -> List[Dict]:
-    """``image`` (3, H, W) uint8 RGB of the network's input size; ``boxes`` and ``classes`` as in
-    :func:`read_records`, in its pixels."""
+    """As :func:`read_records`, with ``image`` (3, H, W) uint8 RGB of the network's input size, in
+    whose pixels the boxes are."""
     records, batch = read_records(folder), []
     scale = torch.tensor([size[1] / SIZE[1], size[0] / SIZE[0]] * 2)
     for i in range(count):
         record = records[i % len(records)]
         image = _read(record["file_name"], size)
-        batch.append({"image": image, "boxes": record["boxes"] * scale, **_rest(record)})
+        batch.append({**record, "image": image, "boxes": record["boxes"] * scale})
     return batch
-
-
-def _rest(record: Dict) -> Dict:
-    return {key: record[key] for key in ("classes", "file_name", "image_id")}
 
 
 def _read(path: str, size=None) -> Tensor:
@@ -173,27 +167,17 @@ def worst_case(num_boxes: int, num_classes: int, count: int) -> Tuple[Tensor, Te
     return logits, torch.randn(count, num_boxes, 4, generator=generator)
 
 
-def write_evaluation(folder: Path, count: int, num_classes: int = 80) -> None:
+def write_evaluation(folder: Path, count: int) -> None:
     """Objects as many as in COCO, in FOLDER/eval.json, and detections in FOLDER/eval.npz.
 
     About 7 objects and always 100 detections per image: two around each object, the rest anywhere.
     """
-    rng = np.random.default_rng(0)
-    images, annotations, detections = [], [], []
+    rng, num_classes = np.random.default_rng(0), 80
+    objects, detections = {}, []
     for number in range(count):
-        images.append(
-            {"id": number, "file_name": f"{number}.jpg", "height": SIZE[0], "width": SIZE[1]}
-        )
-        boxes, labels = _random_boxes(rng, rng.poisson(7)), []
-        for x0, y0, x1, y1 in boxes.tolist():
-            labels.append(int(rng.integers(num_classes)))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1, "image_id": number, "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
-                    "category_id": labels[-1] + 1,
-                }
-            )  # fmt: skip
+        boxes = _random_boxes(rng, rng.poisson(7))
+        labels = [int(rng.integers(num_classes)) for _ in boxes]
+        objects[f"{number}.jpg"] = boxes, labels
         side = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         near = [boxes + 0.05 * side * rng.standard_normal(boxes.shape) for _ in range(2)]
         found = np.concatenate([*near, _random_boxes(rng, 100)])[:100]
@@ -201,7 +185,7 @@ def write_evaluation(folder: Path, count: int, num_classes: int = 80) -> None:
         scores = rng.random(100)
         scores[: 2 * len(boxes)] = 0.5 + 0.5 * scores[: 2 * len(boxes)]
         detections.append(np.concatenate([found, scores[:, None], classes[:, None]], axis=1))
-    write_coco(folder / "eval.json", images, annotations, num_classes)
+    _write_coco(folder / "eval.json", objects, num_classes)
     np.savez(folder / "eval.npz", np.array(detections, np.float32))
 
 
