@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -148,6 +148,20 @@ def _read(path: str, size=None) -> Tensor:
     if size is not None:
         image = cv2.resize(image, size[::-1])
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def worst_case_maps(maps: Sequence[Sequence[Tensor]], num_classes: int) -> List[List[Tensor]]:
+    """:func:`worst_case` in place of each level's logits (N, A · (K + 1), H, W) and offsets
+    (N, A · 4, H, W)."""
+    boxes_per_level = [x[0].numel() // 4 for x in maps[1]]
+    flat = worst_case(sum(boxes_per_level), num_classes, len(maps[1][0]))
+    return [
+        [
+            part.reshape(len(part), *x.shape[-2:], -1).permute(0, 3, 1, 2).to(x.device)
+            for part, x in zip(values.split(boxes_per_level, dim=1), levels)
+        ]
+        for values, levels in zip(flat, maps)
+    ]
 
 
 def worst_case(num_boxes: int, num_classes: int, count: int) -> Tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders.base import Contender, Files, detected, endless, over_threshold, sgd
 from benchmarks.definitions import config, definition
-from benchmarks.inputs import SIZE, read_records, training_batch, worst_case
+from benchmarks.inputs import SIZE, read_records, training_batch, worst_case_maps
 from benchmarks.machine import Spec, Work
 
 
@@ -126,18 +126,9 @@ class MMDetection(Contender):
         model, images = self.model().eval(), self.images()
         size = tuple(config(self.spec.model, "cpu").MODEL.SSD.INPUT_SIZE)
         maps = model.bbox_head(model.extract_feat(self._batch(model)))
-        shapes = [tuple(x.shape[-2:]) for x in maps[0]]
         num_outputs = model.bbox_head.cls_out_channels
-        per_level = [x[0].numel() // num_outputs for x in maps[0]]
         if self.spec.case == "worst":
-            flat = worst_case(sum(per_level), num_outputs - 1, len(images))
-            maps = [
-                [
-                    part.reshape(len(images), *shape, -1).permute(0, 3, 1, 2).to(self.spec.device)
-                    for part, shape in zip(x.split(per_level, dim=1), shapes)
-                ]
-                for x in flat
-            ]
+            maps = worst_case_maps(maps, num_outputs - 1)
         meta = {"img_shape": size, "ori_shape": SIZE, "scale_factor": self._scale(size)}
         found = []
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.contenders.base import RATE, Contender, detected, over_threshold
 from benchmarks.contenders.evaluation import evaluate_with, register_evaluation
 from benchmarks.definitions import config
-from benchmarks.inputs import SIZE, training_batch, worst_case
+from benchmarks.inputs import SIZE, training_batch, worst_case_maps
 from benchmarks.machine import Work
 
 
@@ -186,14 +186,7 @@ class Ours(Contender):
         images = model.preprocess_image([{"image": x} for x in self.images()]).tensor
         predictions = self._outputs(self.model(self.config()).eval())(images)
         if self.spec.case == "worst":
-            maps = ([], [])
-            shape = len(model.default_boxes), model.num_classes, len(images)
-            for flat, levels in zip(worst_case(*shape), maps):
-                parts = flat.split(model.boxes_per_level, dim=1)
-                for part, like in zip(parts, predictions[1]):
-                    grid = part.reshape(len(images), *like.shape[-2:], -1)
-                    levels.append(grid.permute(0, 3, 1, 2).to(like.device))
-            predictions = maps
+            predictions = worst_case_maps(predictions, model.num_classes)
         sizes, found = [SIZE] * len(images), []
         output = output_transform(sizes, model.input_size).to(self.spec.device)
 
