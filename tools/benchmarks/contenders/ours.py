@@ -1,7 +1,6 @@
 """This project."""
 
 import functools
-import importlib.util
 import itertools
 import os
 from typing import Callable, Dict, List
@@ -127,13 +126,10 @@ class Ours(Contender):
         return self._training(cfg, build_train_loader(cfg))
 
     def _inference_model(self) -> nn.Module:
-        cfg = self.config()
-        model = self.model(cfg).eval()
-        if importlib.util.find_spec("ssd.inference"):
-            from ssd.inference import optimize
+        from ssd.inference import optimize
 
-            model = optimize(model, cfg)
-        return model
+        cfg = self.config()
+        return optimize(self.model(cfg).eval(), cfg)
 
     def predict(self) -> Work:
         model, images, found = self._inference_model(), self.images(), []
