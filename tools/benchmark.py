@@ -228,15 +228,7 @@ def git(*args: str) -> str:
 def run(args) -> Dict:
     """All cases; returns the report."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        needs_files = {"data", "train-loop"} & set(args.tasks)
-        settings = {
-            "folder": folder, "models": args.models, "tasks": args.tasks, "device": args.device,
-            "threads": args.threads, "opts": args.opts, "eval_images": args.eval_images,
-            "images": args.images if needs_files else max(args.batch_sizes),
-            "smooth_images": args.smooth_images,
-            "mmdet": installed("mmdet"),
-        }  # fmt: skip
-        process = Process(worker.prepare, settings)
+        process = Process(worker.prepare, args, folder, installed("mmdet"))
         found = process.ask()
         process.close()
         if process.error:

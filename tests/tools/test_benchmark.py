@@ -25,12 +25,9 @@ IMAGES = 6
 def prepared(tmp_path_factory):
     """(folder, what prepare_files says of it)."""
     folder = tmp_path_factory.mktemp("benchmark")
-    settings = {
-        "folder": str(folder), "models": ["tiny"], "tasks": ["losses", "data", "eval"],
-        "device": "cpu", "threads": 1, "opts": [], "eval_images": 12, "images": IMAGES,
-        "mmdet": False,
-    }  # fmt: skip
-    return folder, worker.prepare_files(settings)
+    tasks = "--tasks losses data eval --models tiny"
+    args = benchmark.parse(f"{tasks} --eval-images 12 --images {IMAGES}".split())
+    return folder, worker.prepare_files(args, str(folder), for_mmdet=False)
 
 
 @pytest.fixture

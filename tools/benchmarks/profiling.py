@@ -1,5 +1,6 @@
 """Where our time goes: a trace, the costliest operations, and what stops the device's queue."""
 
+import argparse
 import collections
 import tempfile
 import traceback
@@ -14,11 +15,7 @@ _SYNCHRONISING = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "a
 
 def profile(args) -> None:
     """Prints and writes what ``--profile`` asks for; measures in this process."""
-    import sys
-
-    stdout = sys.stdout
     worker.set_up(args.threads)
-    sys.stdout = stdout
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -27,13 +24,9 @@ def profile(args) -> None:
 
     task, on_gpu = args.tasks[0], args.device == "cuda"
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        settings = {
-            "folder": folder, "models": args.models[:1], "tasks": [task], "device": args.device,
-            "threads": args.threads, "opts": args.opts, "eval_images": args.eval_images,
-            "images": max(args.images if task in ("data", "train-loop") else 1, 1),
-            "mmdet": False,
-        }  # fmt: skip
-        worker.prepare_files(settings)
+        first = {key: getattr(args, key)[:1] for key in ("tasks", "models", "batch_sizes")}
+        first = argparse.Namespace(**{**vars(args), **first})
+        worker.prepare_files(first, folder, for_mmdet=False)
         work = build(
             Spec(
                 contender="ours", task=task, case="2000 pairs", model=args.models[0],

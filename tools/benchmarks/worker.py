@@ -37,7 +37,6 @@ def set_up(threads: int, code: str = "") -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     tools = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path[:0] = [code or os.path.dirname(tools), tools]
-    sys.stdout = open(os.devnull, "w")  # COCO's tables
     multiprocessing.set_start_method(None, force=True)  # of loaders: the platform's, not ours
     import logging
 
@@ -53,6 +52,7 @@ def contend(connection, spec: Dict, warmup: int, min_seconds: float) -> None:
     Every answer is a tuple: ("ready", images per run), ("time", seconds per run), ("done",
     description), or ("error", traceback).
     """
+    sys.stdout = open(os.devnull, "w")  # COCO's tables
     try:
         set_up(spec["threads"], spec["code"])
         import torch
@@ -97,17 +97,21 @@ def contend(connection, spec: Dict, warmup: int, min_seconds: float) -> None:
         connection.send(("error", traceback.format_exc()))
 
 
-def prepare(connection, settings: Dict) -> None:
-    """Files and weights for all contenders, and the networks' costs."""
+def prepare(connection, args, folder: str, for_mmdet: bool) -> None:
+    """Calls :func:`prepare_files` and answers with what that returns, or ("error", traceback)."""
     try:
-        set_up(settings["threads"])
-        connection.send(("done", prepare_files(settings)))
+        set_up(args.threads)
+        connection.send(("done", prepare_files(args, folder, for_mmdet)))
     except Exception:
         connection.send(("error", traceback.format_exc()))
 
 
-def prepare_files(settings: Dict) -> Dict:
-    """What :func:`prepare` does, in this process."""
+def prepare_files(args, folder: str, for_mmdet: bool) -> Dict:
+    """Files and weights for all contenders, and the networks' costs.
+
+    Args:
+        args: of the command line.
+    """
     from pathlib import Path
 
     import torch
@@ -118,31 +122,29 @@ def prepare_files(settings: Dict) -> Dict:
     from benchmarks.cost import network_cost
     from benchmarks.definitions import config, definition, write_weights
 
-    folder, models = Path(settings["folder"]), settings["models"]
-    tasks, device = settings["tasks"], settings["device"]
-    for name in models:
-        config(name, device, *settings["opts"])  # a wrong key shows before all is measured
-    num_classes = {name: config(name, "cpu").MODEL.SSD.NUM_CLASSES for name in models}
+    folder, device = Path(folder), args.device
+    for name in args.models:
+        config(name, device, *args.opts)  # a wrong key shows before all is measured
+    count = args.images if {"data", "train-loop"} & set(args.tasks) else max(args.batch_sizes)
     found = {"torch": torch.__version__, "torchvision": torchvision.__version__, "models": {}}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
-    for name in models:
-        sub = folder / name
+    for name in args.models:
+        sub, cfg = folder / name, config(name, "cpu")
         sub.mkdir()
-        found["images"] = inputs.write_images(
-            sub, settings["images"], num_classes[name], not settings.get("smooth_images")
-        )
+        num_classes = cfg.MODEL.SSD.NUM_CLASSES
+        found["images"] = inputs.write_images(sub, count, num_classes, not args.smooth_images)
         one, cost = definition(name), {}
         entry = {"torchvision": one.torchvision is not None, "mmdet": one.mmdet}
-        if set(tasks) - {"data", "eval"}:
-            model = build_model(config(name, "cpu")).eval()
+        if set(args.tasks) - {"data", "eval"}:
+            model = build_model(cfg).eval()
             cost = network_cost(model)
             image = inputs.photographs(sub, 1)[0]
-            entry["pairs"] = write_weights(name, image, sub, settings["mmdet"])
+            entry["pairs"] = write_weights(name, image, sub, for_mmdet)
             entry["default_boxes"] = len(model.default_boxes)
             entry["num_classes"] = model.num_classes
         found["models"][name] = {**entry, "cost": cost}
-    if "eval" in tasks:
-        inputs.write_evaluation(folder, settings["eval_images"])
+    if "eval" in args.tasks:
+        inputs.write_evaluation(folder, args.eval_images)
     return found
