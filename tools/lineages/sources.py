@@ -119,8 +119,7 @@ _MAPS_300, _STEPS_300 = (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300)
 _RATIOS_300 = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
 _MAPS_512, _STEPS_512 = (64, 32, 16, 8, 4, 2, 1), (8, 16, 32, 64, 128, 256, 512)
 _RATIOS_512 = [[2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2]]
-_MAPS_LIGHT, _RATIOS_LIGHT = (20, 10, 5, 3, 2, 1), [[2, 3]] * 6
-_SIZES_LIGHT = [60, 105, 150, 195, 240, 285, 330]
+_SIZES_LIGHT, _RATIOS_LIGHT = [60, 105, 150, 195, 240, 285, 330], [[2, 3]] * 6
 
 
 def _caffe_ssd(side: int, percents: Sequence[int], note: str) -> Boxes:
@@ -152,41 +151,24 @@ def _tensorflow(third: float, note: str, **kwargs) -> Boxes:
     )
 
 
-_LUFFICC = Boxes(
-    "lufficc/SSD",
-    lambda: clamped(320, _MAPS_LIGHT, (16, 32, 64, 107, 160, 320), _SIZES_LIGHT, _RATIOS_LIGHT),
-    "cx, cy, w, h clamped",
-)
+def _clamped(source: str, *numbers, zoo: bool = False) -> Boxes:
+    """``numbers``: arguments of :func:`clamped`."""
+    settings = "with the model zoo's settings for lufficc's weights; " if zoo else ""
+    return Boxes(source, lambda: clamped(*numbers), settings + "cx, cy, w, h clamped", zoo=zoo)
 
 
-def _qfgaohao(maps, steps, sizes, ratios) -> Boxes:
-    return Boxes(
-        "qfgaohao/pytorch-ssd",
-        lambda: clamped(300, maps, steps, sizes, ratios),
-        "cx, cy, w, h clamped",
-    )
-
-
-_QFGAOHAO_LIGHT = _qfgaohao(
-    (19, 10, 5, 3, 2, 1), (16, 32, 64, 100, 150, 300), _SIZES_LIGHT, _RATIOS_LIGHT
-)
-
-
-def _lufficc_vgg(side, maps, steps, sizes, ratios) -> Boxes:
-    return Boxes(
-        "lufficc/SSD",
-        lambda: clamped(side, maps, steps, sizes, ratios),
-        "with the model zoo's settings for lufficc's weights; cx, cy, w, h clamped",
-        zoo=True,
-    )
-
-
-_LUFFICC_300 = _lufficc_vgg(
-    300, _MAPS_300, _STEPS_300, [30, 60, 111, 162, 213, 264, 315], _RATIOS_300
-)
-_LUFFICC_512 = _lufficc_vgg(
+_VGG_300 = (300, _MAPS_300, _STEPS_300, [30, 60, 111, 162, 213, 264, 315], _RATIOS_300)
+_VGG_512 = (
     512, _MAPS_512, _STEPS_512, [35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8, 537.65],
     _RATIOS_512,
+)  # fmt: skip
+_QFGAOHAO_LIGHT = _clamped(
+    "qfgaohao/pytorch-ssd", 300, (19, 10, 5, 3, 2, 1), (16, 32, 64, 100, 150, 300), _SIZES_LIGHT,
+    _RATIOS_LIGHT,
+)  # fmt: skip
+_LUFFICC_LIGHT = _clamped(
+    "lufficc/SSD", 320, (20, 10, 5, 3, 2, 1), (16, 32, 64, 107, 160, 320), _SIZES_LIGHT,
+    _RATIOS_LIGHT,
 )  # fmt: skip
 
 # Those of torchvision and MMDetection come from their own code: tools/fidelity.py.
@@ -197,19 +179,17 @@ BOXES: Dict[str, List[Boxes]] = {
     "ssd_vgg16_size512_expand_aug": [_COCO_512],
     "ssd_vgg16_size300_voc0712": [
         _caffe_ssd(300, [10, 20, 37, 54, 71, 88, 105], "ssd_pascal.py"),
-        _LUFFICC_300,
+        _clamped("lufficc/SSD", *_VGG_300, zoo=True),
     ],
     "ssd_vgg16_size512_voc0712": [
         _caffe_ssd(512, [7, 15, 30, 45, 60, 75, 90, 105], "ssd_pascal.py, 512"),
-        _LUFFICC_512,
+        _clamped("lufficc/SSD", *_VGG_512, zoo=True),
     ],
-    "ssd_vgg16_size300_qfgaohao": [
-        _qfgaohao(_MAPS_300, _STEPS_300, [30, 60, 111, 162, 213, 264, 315], _RATIOS_300)
-    ],
+    "ssd_vgg16_size300_qfgaohao": [_clamped("qfgaohao/pytorch-ssd", *_VGG_300)],
     "ssd_mobilenetv1_size300_voc0712": [_QFGAOHAO_LIGHT],
     "ssdlite_mobilenetv2_size300_voc0712": [_QFGAOHAO_LIGHT],
-    "ssdlite_mobilenetv2_size320_voc0712": [_LUFFICC],
-    "ssdlite_mobilenetv3_size320_voc0712": [_LUFFICC],
+    "ssdlite_mobilenetv2_size320_voc0712": [_LUFFICC_LIGHT],
+    "ssdlite_mobilenetv3_size320_voc0712": [_LUFFICC_LIGHT],
     "ssd_resnet50_size300": [
         Boxes(
             "NVIDIA",
