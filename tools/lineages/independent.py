@@ -35,24 +35,20 @@ def _columns(source: sources.Network, outputs: int) -> List[int]:
     return [*range(1, outputs), 0]  # the source's background is first
 
 
-def _reorder_weight(value: Tensor, source: sources.Network, count: int, outputs: int) -> Tensor:
-    """A predictor's weights or biases (count · outputs, …) from the source's order to ours."""
+def _reorder(x: Tensor, source: sources.Network, count: int, outputs: int) -> Tensor:
+    """A predictor's weights, biases or outputs (count · outputs, …) from the source's order to
+    ours, (count, outputs, …)."""
     if source.class_major:
-        x = value.unflatten(0, (outputs, count)).transpose(0, 1)
+        x = x.unflatten(0, (outputs, count)).transpose(0, 1)
     else:
-        x = value.unflatten(0, (count, outputs))
+        x = x.unflatten(0, (count, outputs))
     order = sources.shape_order(count, source.square_last)
-    return x[order][:, _columns(source, outputs)].flatten(0, 1)
+    return x[order][:, _columns(source, outputs)]
 
 
-def _reorder_map(x: Tensor, source: sources.Network, count: int, outputs: int) -> Tensor:
+def _boxes_of_map(x: Tensor, source: sources.Network, count: int, outputs: int) -> Tensor:
     """A predictor's map (N, count · outputs, H, W) as ours, (N, H · W · count, outputs)."""
-    if source.class_major:
-        x = x.unflatten(1, (outputs, count)).permute(0, 3, 4, 2, 1)
-    else:
-        x = x.unflatten(1, (count, outputs)).permute(0, 3, 4, 1, 2)
-    order = sources.shape_order(count, source.square_last)
-    return x[..., order, :][..., _columns(source, outputs)].flatten(1, 3)
+    return _reorder(x.transpose(0, 1), source, count, outputs).permute(2, 3, 4, 0, 1).flatten(1, 3)
 
 
 def _predictors(network: sources.SourceDetector, source: sources.Network, outputs: int):
@@ -90,7 +86,8 @@ def carry_over(network: sources.SourceDetector, model: nn.Module, source: source
             continue
         values = {"weight": a.weight, "bias": a.bias}
         if a in predictors:
-            values = {k: _reorder_weight(x, source, *predictors[a]) for k, x in values.items()}
+            shape = predictors[a]
+            values = {k: _reorder(x, source, *shape).flatten(0, 1) for k, x in values.items()}
         b.weight.copy_(values["weight"].view_as(b.weight))
         if b.bias is not None:
             b.bias.copy_(values["bias"])
@@ -122,7 +119,7 @@ def network_rows(lab: str) -> Tuple[Row, ...]:
     expected = [features]
     for kind, size in zip(maps, (model.num_classes + 1, 4)):
         levels = zip(kind, source.counts, strict=True)
-        expected.append([_reorder_map(x, source, count, size) for x, count in levels])
+        expected.append([_boxes_of_map(x, source, count, size) for x, count in levels])
     actual = by_level(model, *actual)
     rows += output_rows(row, expected, actual)
     if source.sigmoid:
