@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog
+from analyze_default_boxes import default_boxes, fit, read_objects
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -32,11 +32,9 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
-from torchvision.ops import box_iou
 
 from ssd import load_config
 from ssd.checkpoint.recognition import recognise
-from ssd.data.boxes import xyxy_boxes
 from ssd.data.loader import build_test_loader, build_train_loader
 from ssd.evaluation import build_evaluator
 
@@ -161,17 +159,11 @@ def print_recall() -> None:
     """Of each class the best IoU that its objects have with a default box."""
     for name in ("ours", "ours_own_recipe"):  # torchvision's default boxes are those of "ours"
         cfg = config(name, "cpu")
-        defaults = build_model(cfg).default_boxes
-        height, width = cfg.MODEL.SSD.INPUT_SIZE
-        best = {label: [] for label in CLASSES}
-        for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]):
-            boxes = torch.from_numpy(xyxy_boxes(record["annotations"])).float()
-            scale = torch.tensor([width / record["width"], height / record["height"]] * 2)
-            iou = box_iou(boxes * scale, defaults).amax(dim=1).tolist()
-            for annotation, value in zip(record["annotations"], iou):
-                best[CLASSES[annotation["category_id"]]].append(value)
-        for label, values in best.items():
-            share = 100 * np.mean(np.array(values) >= 0.5)
+        objects = read_objects(cfg, augmented=False, max_images=1000)
+        best = fit(objects, default_boxes(cfg)).iou
+        for number, label in enumerate(CLASSES):
+            values = best[objects.classes == number]
+            share = 100 * np.mean(values >= 0.5)
             print(
                 f"{NAMES[name]}: {label}, {len(values)} objects: {share:.1f} % have an IoU of 0.5 "
                 f"with a default box, the median of the best IoU is {np.median(values):.2f}"

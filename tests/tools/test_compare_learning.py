@@ -76,6 +76,7 @@ def test_runs_of_other_lengths_are_not_mixed(results, bccd, tmp_path):
 def test_runs_that_are_there_are_plotted(results, tmp_path, monkeypatch, capsys):
     arguments = ["--output", str(results), "--plot", str(tmp_path / "learning.png")]
     monkeypatch.setattr(sys, "argv", [TOOL, *arguments])
+    monkeypatch.syspath_prepend(ROOT / "tools")
     runpy.run_path(TOOL, run_name="__main__")
     text = capsys.readouterr().out
     assert "torchvision, its recipe: AP50" in text and "ours, torchvision's recipe: AP50" in text
