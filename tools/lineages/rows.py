@@ -143,10 +143,6 @@ def without_channels_last(model: nn.Module) -> None:
     model.to(memory_format=torch.contiguous_format)
 
 
-def has_batch_norm(network: nn.Module) -> bool:
-    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-
-
 def in_float64(model: nn.Module, lab: str) -> None:
     """Network and normalisation; logits and offsets are cast to float32 for the losses.
 
@@ -191,12 +187,6 @@ def output_rows(row: Callable, expected, actual, note: str = "") -> List[Row]:
         row(name, of_mean(a, b), 1e-8, "of mean", f"float64, {len(a)} levels{note}")
         for name, a, b in zip(("features", "logits", "offsets"), expected, actual)
     ]
-
-
-def loss_values(theirs: Dict[str, Tensor], ours: Dict[str, Tensor]) -> List[List[float]]:
-    """Confidence and localization loss of torchvision and of this project."""
-    keys = (("classification", "bbox_regression"), ("loss_cls", "loss_box_reg"))
-    return [[float(x[k].detach()) for k in names] for x, names in zip((theirs, ours), keys)]
 
 
 def make_instances(model: nn.Module, boxes: Sequence[Tensor], classes: Sequence[Tensor]):

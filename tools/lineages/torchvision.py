@@ -1,7 +1,7 @@
 """The labs' models against the installed torchvision's SSD300 and SSDLite320."""
 
 import functools
-from typing import List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from lineages.rows import (
     by_level,
     compare_detections,
     detection_rows,
-    has_batch_norm,
     images,
     in_float64,
     lab_config,
     largest,
     load_lab,
-    loss_values,
     make_instances,
     output_rows,
     outputs,
@@ -217,6 +215,12 @@ def _objects(model, defaults) -> Tuple[List[Tensor], List[Tensor]]:
     return boxes, [torch.tensor([0, 5, 17, 40, 66, 89]), torch.tensor([2, 2, 89])]
 
 
+def _loss_values(theirs: Dict[str, Tensor], ours: Dict[str, Tensor]) -> List[List[float]]:
+    """Confidence and localization loss of torchvision and of this project."""
+    keys = (("classification", "bbox_regression"), ("loss_cls", "loss_box_reg"))
+    return [[float(x[k].detach()) for k in names] for x, names in zip((theirs, ours), keys)]
+
+
 def _loss_rows(row, theirs, model, defaults, predictions, maps) -> List[Row]:
     """Both sides' losses of their own logits and offsets."""
     rows = []
@@ -230,7 +234,7 @@ def _loss_rows(row, theirs, model, defaults, predictions, maps) -> List[Row]:
         with torch.no_grad():
             instances = make_instances(model, boxes, classes)
             losses.append(model.forward_training(None, None, maps, instances))
-        values = loss_values(*losses)
+        values = _loss_values(*losses)
         note = "loss_cls {:.3f}, loss_box_reg {:.3f}".format(*values[0])
         rows.append(row(f"losses, objects in {name}", relative(*values), 1e-5, "rel.", note))
     return rows
@@ -240,8 +244,8 @@ def _step_rows(row, theirs, model, defaults, batch) -> List[Row]:
     """One step in training mode and float64, with objects in all images."""
     in_float64(model, row.args[0])
     theirs.double()
-    if not has_batch_norm(theirs):  # which can't train on one image
-        batch = batch[:1]
+    if not any(isinstance(x, nn.BatchNorm2d) for x in theirs.modules()):
+        batch = batch[:1]  # of which BatchNorm can't make statistics
     boxes, classes = (x[: len(batch)] for x in _objects(model, defaults))
     theirs.train(), model.train()
     features, head, head_of_ours = (watch(x) for x in (theirs.backbone, theirs.head, model.head))
@@ -255,7 +259,7 @@ def _step_rows(row, theirs, model, defaults, batch) -> List[Row]:
     with torch.no_grad():
         rows = output_rows(row, _outputs(features["output"], head["output"], model), levels,
                            ", training mode")  # fmt: skip
-    difference = relative(*loss_values(expected, actual))
+    difference = relative(*_loss_values(expected, actual))
     rows.append(row("training step: losses", difference, 1e-5, "rel.", "float64"))
     gradients = {name: x.grad for name, x in theirs.named_parameters()}
     lineage = recognise(theirs.state_dict())
