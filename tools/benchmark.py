@@ -220,9 +220,12 @@ def cores() -> int:
 
 
 def git(*args: str) -> str:
+    """What git prints about this checkout; empty if it fails or isn't installed."""
     command = ["git", "-C", str(ROOT), *args]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def run(args) -> Dict:

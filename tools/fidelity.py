@@ -12,7 +12,6 @@ import functools
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 import detectron2
 import torch
 import torchvision
+from benchmark import git
 from lineages import independent, mmdet, settings, sources
 from lineages import torchvision as tv
 from lineages.rows import ROOT, Row
@@ -121,15 +121,9 @@ def keys_in(document: str) -> List[Tuple[str, str, str]]:
     return keys
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
 def _conditions(seconds: float) -> str:
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    changed = " and what wasn't committed yet" if _git("status", "--porcelain") else ""
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = " and what wasn't committed yet" if git("status", "--porcelain") else ""
     return (
         f"Command: `python tools/fidelity.py`, {time.strftime('%Y-%m-%d')}, "
         f"commit {commit}{changed}; {seconds:.0f} s on a {platform.machine()} CPU, "
