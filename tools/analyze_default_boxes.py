@@ -210,7 +210,7 @@ def with_keys(cfg: CfgNode, keys: dict) -> CfgNode:
 
 
 def as_keys(setting: Setting) -> dict:
-    return dict(zip(("MIN_SIZES", "MAX_SIZE", "ASPECT_RATIOS"), setting))
+    return {name.upper(): value for name, value in setting._asdict().items()}
 
 
 def as_yaml(setting: Setting, lab: Setting) -> str:

@@ -6,7 +6,8 @@ thousands of settings can be tried. Clipping at the border is neglected.
 """
 
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from itertools import product
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -38,8 +39,7 @@ def cell_shapes(setting: Setting, **generator_args) -> List[List[Tuple[float, fl
     Args:
         generator_args: of DefaultBoxGenerator, besides what the setting says.
     """
-    names = ("min_sizes", "max_size", "aspect_ratios")
-    return DefaultBoxGenerator(**dict(zip(names, setting)), **generator_args).shapes
+    return DefaultBoxGenerator(**setting._asdict(), **generator_args).shapes
 
 
 def reach(step: float) -> float:
@@ -102,17 +102,19 @@ class Search:
         """
         ious = self._all_ious(setting)
         growth = [min(GROWTH, b / a) for a, b in zip(setting.sizes, setting.sizes[1:])]
+        places = [(None, i) for i in range(len(setting.sizes))]
+        for level, ratios in enumerate(setting.aspect_ratios):
+            places += [(level, i) for i in range(len(ratios))]
         score, gain = self.score(ious), 1.0
         while gain > 0:
             before = score
-            for candidates in self._moves(setting):
-                for make in candidates:
-                    candidate = make(setting)
-                    if not _is_valid(candidate, growth) or candidate == setting:
-                        continue
-                    new = self._update(ious, setting, candidate)
-                    if (new_score := self.score(new)) > score + WORTH:
-                        setting, ious, score = candidate, new, new_score
+            for (level, index), factor in product(places, STEPS):
+                candidate = _scaled(setting, level, index, factor)
+                if not _is_valid(candidate, growth) or candidate == setting:
+                    continue
+                new = self._update(ious, setting, candidate)
+                if (new_score := self.score(new)) > score + WORTH:
+                    setting, ious, score = candidate, new, new_score
             gain = score - before
         return setting, score
 
@@ -138,14 +140,6 @@ class Search:
                 ious[level] = self.level_ious(level, b)
         return ious
 
-    def _moves(self, setting: Setting):
-        """Of each value in turn, functions that make a setting with another one."""
-        for i in range(len(setting.sizes)):
-            yield [lambda s, i=i, f=factor: _with_size(s, i, f) for factor in STEPS]
-        for level, ratios in enumerate(setting.aspect_ratios):
-            for i in range(len(ratios)):
-                yield [lambda s, k=(level, i), f=factor: _with_ratio(s, *k, f) for factor in STEPS]
-
 
 def _nearest(values: np.ndarray, points: np.ndarray) -> np.ndarray:
     """The distance of each value to the nearest of the points, which rise."""
@@ -154,16 +148,14 @@ def _nearest(values: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.minimum(np.abs(values - points[right]), np.abs(values - points[right - 1]))
 
 
-def _with_size(setting: Setting, index: int, factor: float) -> Setting:
-    sizes = setting.sizes
-    sizes[index] = float(round(sizes[index] * factor))
-    return Setting(sizes[:-1], sizes[-1], setting.aspect_ratios)
-
-
-def _with_ratio(setting: Setting, level: int, index: int, factor: float) -> Setting:
-    ratios = [list(r) for r in setting.aspect_ratios]
-    ratios[level][index] = round(ratios[level][index] * factor, 1)
-    return setting._replace(aspect_ratios=ratios)
+def _scaled(setting: Setting, level: Optional[int], index: int, factor: float) -> Setting:
+    """With one of a level's aspect ratios times ``factor``, or one of the sizes (level None)."""
+    sizes, ratios = setting.sizes, [list(r) for r in setting.aspect_ratios]
+    if level is None:
+        sizes[index] = float(round(sizes[index] * factor))
+    else:
+        ratios[level][index] = round(ratios[level][index] * factor, 1)
+    return Setting(sizes[:-1], sizes[-1], ratios)
 
 
 def _is_valid(setting: Setting, growth: Sequence[float]) -> bool:
