@@ -157,16 +157,8 @@ def check_dataset(cfg, data, findings, report):
     print(f"{data.name} ({', '.join(use)}): {len(data.records)} images, {total} boxes, {data.root}")
     findings, table = list(findings), []
     if data.records:
-        boxes = cfg.MODEL.SSD.DEFAULT_BOXES
-        findings += checks.check_files(data) + checks.check_boxes(data)
-        demands = checks.Demands(
-            input_size=cfg.MODEL.SSD.INPUT_SIZE,
-            smallest=min(boxes.MIN_SIZES[0], boxes.FIRST_SQUARE or boxes.MIN_SIZES[0]),
-            detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            filters_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        )
-        objects, table = checks.check_objects(data, demands)
-        findings += objects
+        objects, table = checks.check_objects(data, cfg)
+        findings += checks.check_files(data) + checks.check_boxes(data) + objects
     for finding in findings:
         report.add(*finding)
     for line in table:
@@ -220,8 +212,7 @@ def main():
 
     report = Report(args.show)
     print("environment")
-    for verdict in check_machine():
-        level, text, advice = verdict
+    for level, text, advice in check_machine():
         report.add(level, text, (), advice)
     if args.config_file and not report.counts["ERROR"]:
         logging.disable(logging.WARNING)  # what the readers log is said here

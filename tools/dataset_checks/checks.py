@@ -6,9 +6,10 @@ Sizes are (height, width), boxes XYXY in pixels of the image.
 import os
 import re
 from collections import defaultdict
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from dataset_checks.reading import DARK, DataSet, Finding, ImageFile, object_key
@@ -172,40 +173,33 @@ def check_boxes(data: DataSet) -> List[Finding]:
     return findings
 
 
-class Demands(NamedTuple):
-    """What a lab wants of objects."""
-
-    input_size: Tuple[int, int]  # (height, width) of the network's input
-    smallest: float  # side of the smallest default box in pixels of the input
-    detections: int  # of an image at most
-    filters_empty: bool  # training leaves out images without objects
-
-
-def check_objects(data: DataSet, demands: Demands) -> Tuple[List[Finding], List[str]]:
+def check_objects(data: DataSet, cfg: CfgNode) -> Tuple[List[Finding], List[str]]:
     """Classes, objects of an image, and their sizes at the network's input; crowds don't count.
 
     Returns:
         the findings, and the lines of a table of the classes.
     """
-    labels, images, sides = _objects(data, demands.input_size)
+    boxes, input_size = cfg.MODEL.SSD.DEFAULT_BOXES, cfg.MODEL.SSD.INPUT_SIZE
+    smallest = min(boxes.MIN_SIZES[0], boxes.FIRST_SQUARE or boxes.MIN_SIZES[0])
+    labels, images, sides = _objects(data, input_size)
     counts = np.bincount(images, minlength=len(data.records))
     findings = _check_classes(data.classes, np.bincount(labels, minlength=len(data.classes)))
 
     text = f"objects per image: {counts.min()} to {counts.max()}, median {np.median(counts):.0f}"
     findings.append(Finding("OK", text))
-    most = demands.detections
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
     places = [f"{data.place(i)}: {n} objects" for i, n in enumerate(counts) if n > most]
     advice = f"TEST.DETECTIONS_PER_IMAGE {most} is the most that is detected: raise it."
     findings.add(places, f"objects: {{}} images have more than {most}", advice)
     empty = [data.place(i) for i in np.flatnonzero(counts == 0)]
     use = "learns from them what MODEL.SSD.LOSS.NEGATIVES_WITHOUT_POSITIVES says"
-    if demands.filters_empty:
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         use = "leaves them out (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
     level = "WARNING" if len(empty) > 0.1 * len(counts) else "OK"
     advice = f"Training {use}. Check that nothing was forgotten there."
     findings.add(empty, "objects: {} images have none", advice, level)
 
-    size = f"at the input's {_wh(demands.input_size)}"
+    size = f"at the input's {_wh(input_size)}"
     table = [f"{'class':20} images objects  share  side, px {size}: 10 %  median    90 %"]
     too_small = []
     for label, name in enumerate(data.classes):
@@ -215,14 +209,14 @@ def check_objects(data: DataSet, demands: Demands) -> Tuple[List[Finding], List[
         cells = "".join(f"{value:8.0f}" for value in quantiles)
         line = f"{name[:20]:20} {len(set(images[own])):6} {own.sum():7} {share:6.1%}"
         table.append(f"{line}{cells:>{len(table[0]) - len(line)}}")
-        hopeless = (sides[own] < demands.smallest / 2**0.5).mean() if own.any() else 0
+        hopeless = (sides[own] < smallest / 2**0.5).mean() if own.any() else 0
         if hopeless > 0.1:
             too_small.append(f"{name}: {hopeless:.0%} can't reach IoU 0.5 with it")
     if len(sides):
         tiny = (sides < SMALL).mean()
         text = (
-            f"sizes: {(sides < demands.smallest).mean():.1%} of the objects are smaller than the "
-            f"smallest default box, {demands.smallest:g} px, {tiny:.1%} under {SMALL} px, {size}"
+            f"sizes: {(sides < smallest).mean():.1%} of the objects are smaller than the "
+            f"smallest default box, {smallest:g} px, {tiny:.1%} under {SMALL} px, {size}"
         )
         level = "WARNING" if too_small or tiny > 0.05 else "OK"
         advice = (
