@@ -5,7 +5,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Iterable, List, Sequence
+from typing import Iterable, Sequence
 
 from ssd.checkpoint.lineage import Lineage
 from ssd.checkpoint.published import PUBLISHED
@@ -53,10 +53,8 @@ def changes(lineage: Lineage) -> str:
     return "; ".join(found) or "nothing"
 
 
-def _signatures(lineages: List[Lineage], key: str) -> str:
-    return " or ".join(
-        ", ".join(f"`{name}`" for name in x.signature) for x in lineages if x.key == key
-    )
+def _signature(lineage: Lineage) -> str:
+    return ", ".join(f"`{name}`" for name in lineage.signature)
 
 
 def _table(header: str, rows: Iterable[Sequence[str]]) -> str:
@@ -69,18 +67,17 @@ def detectors() -> str:
     for x in DETECTORS:
         labs = dict.fromkeys(f"`{w.lab}`" for w in PUBLISHED.values() if w.lineage == x.key)
         tested = _TESTED.get(x.key, _LINEAGES)
-        signature = ", ".join(f"`{name}`" for name in x.signature)
-        rows.append((x.title, signature, changes(x), ", ".join(labs) or "–", tested))
+        rows.append((x.title, _signature(x), changes(x), ", ".join(labs) or "–", tested))
     return _table("| file of | recognised by | what changes | labs | tested by |", rows)
 
 
 def backbones() -> str:
-    rows = {}
-    for x in BACKBONES:
-        kind = next(kind for kind in _TESTED_BACKBONES if kind in x.key)
-        signature = _signatures(BACKBONES, x.key)
-        rows[x.key] = (x.title, signature, changes(x), _TESTED_BACKBONES[kind])
-    return _table("| file of | recognised by | what changes | tested by |", rows.values())
+    rows = []
+    for x in {x.key: x for x in BACKBONES}.values():
+        signatures = " or ".join(_signature(other) for other in BACKBONES if other.key == x.key)
+        tested = next(test for kind, test in _TESTED_BACKBONES.items() if kind in x.key)
+        rows.append((x.title, signatures, changes(x), tested))
+    return _table("| file of | recognised by | what changes | tested by |", rows)
 
 
 def published() -> str:
