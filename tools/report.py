@@ -35,8 +35,8 @@ def build_page(runs, pictures: int) -> str:
     letters = string.ascii_uppercase if len(runs) > 1 else [""]
     entries = [Entry(letter, i, run) for i, (letter, run) in enumerate(zip(letters, runs))]
     title = escape("Report of " + ", ".join(run.name for run in runs))
-    parts = [(title, sections.overview(entries) + sections.settings_that_differ(entries))]
-    parts.append(("Training", sections.training(entries)))
+    overview = sections.overview(entries) + sections.settings_that_differ(entries)
+    parts = [("Training", sections.training(entries))]
     names = list(dict.fromkeys(name for run in runs for name in run.evaluations))
     for name in names:
         of = f" ({escape(name)})" if len(names) > 1 else ""
@@ -58,10 +58,9 @@ def build_page(runs, pictures: int) -> str:
         if each:
             galleries = "".join(sections.galleries(x, each) for x in evaluated)
             parts.append((f"Worst mistakes{of}", GALLERY_TEXT + galleries))
-    head, *rest = parts
-    links = " ".join(f'<a href="#s{i}">{title}</a>' for i, (title, _) in enumerate(rest))
-    body = [f"<h1>{head[0]}</h1><nav>{links}</nav>{head[1]}"]
-    body += [f'<h2 id="s{i}">{title}</h2>{text}' for i, (title, text) in enumerate(rest)]
+    links = " ".join(f'<a href="#s{i}">{name}</a>' for i, (name, _) in enumerate(parts))
+    body = [f"<h1>{title}</h1><nav>{links}</nav>{overview}"]
+    body += [f'<h2 id="s{i}">{name}</h2>{text}' for i, (name, text) in enumerate(parts)]
     template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(title=title, body="\n".join(body))
 
