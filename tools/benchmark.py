@@ -27,6 +27,7 @@ Tasks:
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -77,10 +78,9 @@ def cases(args) -> Iterator[Case]:
     for task in args.tasks:
         names = CONTENDERS.get(task, ("ours", "before", "torchvision", "mmdet"))
         names = [x for x in names if x != "before" or args.before]
-        groups = {x: x.split(" ")[0] for x in names}
         if args.contenders:
-            always = ("before", "cv2.imread")
-            names = [x for x in names if groups[x] in (*args.contenders, *always)]
+            chosen = (*args.contenders, "before", "cv2.imread")
+            names = [x for x in names if x.split(" ")[0] in chosen]
         if not names:
             print(f"{task}: none of --contenders takes part", file=sys.stderr)
             continue
@@ -90,16 +90,11 @@ def cases(args) -> Iterator[Case]:
             contenders |= {reporting.label("matmul", d): ("matmul", d) for d in dtypes}
         if task in (*NETWORK_TASKS, *OUTPUT_TASKS):
             contenders["copy"] = ("copy", "")
-        if task == "eval":
-            yield Case(task, args.models[0], 0, f"{args.eval_images} images", contenders)
-            continue
-        for model in args.models:
-            if task == "data":
-                yield Case(task, model, 0, "", contenders)
-                continue
-            for batch_size in args.batch_sizes:
-                for case in ("2000 pairs", "worst") if task == "postprocess" else ("",):
-                    yield Case(task, model, batch_size, case, contenders)
+        models = args.models[:1] if task == "eval" else args.models
+        batch_sizes = [0] if task in ("data", "eval") else args.batch_sizes
+        details = {"postprocess": ("2000 pairs", "worst"), "eval": (f"{args.eval_images} images",)}
+        for key in itertools.product(models, batch_sizes, details.get(task, ("",))):
+            yield Case(task, *key, contenders)
 
 
 def why_not(name: str, case: Case, models: Dict) -> str:
@@ -196,10 +191,7 @@ def measure(case: Case, args, folder: str, models: Dict) -> Dict:
     finally:
         for process in processes.values():
             process.close()
-    result = {
-        "task": case.task, "model": case.model, "batch_size": case.batch_size, "case": case.case,
-        "contenders": results,
-    }  # fmt: skip
+    result = {**vars(case), "contenders": results}
     result["disagreement"] = reporting.disagreement(result)
     return result
 
