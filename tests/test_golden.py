@@ -5,14 +5,9 @@ file's name says the model: ssd300, ssd512 or ssdlite. tools/lineages/mmdet.py c
 with the model of the lab that reproduces it.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from lineages import mmdet  # noqa: E402
+from lineages import mmdet
 
 FILES = sorted(mmdet.GOLDEN.glob("*.npz"))
 QUANTITIES = {

@@ -7,12 +7,12 @@ channel and 1x1 kernels, but for those that torchvision runs.
 import functools
 import json
 import re
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from detectron2.modeling import build_model
 from torchvision.models import detection
@@ -21,9 +21,6 @@ from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer, detectron2_fork
 from ssd.checkpoint.convert import Detector, encode, read_ours, write_as
 from ssd.config import load_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-import reference  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data/golden"
 FIRST = "backbone.bottom_up.conv1_1.weight"

@@ -7,21 +7,17 @@ parameters directly.
 
 import functools
 import pickle
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Callable
 
 import pytest
+import reference
 import torch
 from detectron2.modeling import build_model
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-import reference  # noqa: E402
 
 PIXELS, SCORE = 0.01, 5e-5  # of boxes and scores; measured: 0.0006 and 1e-5
 

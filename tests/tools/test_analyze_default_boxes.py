@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import analyze_default_boxes as tool
+import default_box_search as search
 import numpy as np
 import pytest
 import torch
@@ -20,10 +22,6 @@ from ssd.data.shapes import CLASSES
 from ssd.modeling.multibox import match_default_boxes
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import analyze_default_boxes as tool  # noqa: E402
-import default_box_search as search  # noqa: E402
-
 BCCD = str(ROOT / "labs/bccd_ssdlite_mobilenetv2/config.yaml")
 
 

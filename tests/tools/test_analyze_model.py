@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import analyze_model as tool
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -14,8 +15,6 @@ from torchvision.models.detection import SSD300_VGG16_Weights, SSDLite320_Mobile
 from ssd.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import analyze_model as tool  # noqa: E402
 
 
 def network(lab):

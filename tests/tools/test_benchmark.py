@@ -7,17 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
+from benchmarks import contenders, inputs, machine, report, worker
+from benchmarks.contenders.torchvision import TorchvisionFiles
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import benchmark  # noqa: E402
-from benchmarks import contenders, inputs, machine, report, worker  # noqa: E402
-from benchmarks.contenders.torchvision import TorchvisionFiles  # noqa: E402
-
 IMAGES = 6
 
 

@@ -3,12 +3,12 @@
 import csv
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import demo as tool
 import numpy as np
 import pytest
 import torch
@@ -44,12 +44,10 @@ def demo(opts, datasets_folder, tmp_path, monkeypatch):
     for name, height, width in (("b.png", 60, 80), ("a.jpg", 90, 50), ("c.jpg", 40, 40)):
         coarse = rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
         cv2.imwrite(f"photos/{name}", coarse.repeat(10, 0).repeat(10, 1))
-    main = runpy.run_path(str(TOOL))["main"]
 
     def run(*arguments):
-        return main([*arguments_of(*arguments), "--opts", *map(str, opts)])
+        return tool.main([*arguments_of(*arguments), "--opts", *map(str, opts)])
 
-    run.globals = main.__globals__
     return run
 
 
@@ -139,7 +137,7 @@ def test_an_interruption_saves_what_has_been_detected(demo, monkeypatch):
         yield from read_images(sorted(paths)[:1])
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(demo.globals, "read_images", interrupted)
+    monkeypatch.setattr(tool, "read_images", interrupted)
     assert demo("--input", "photos", "--save-detections", "x.json") == 130
     before = Path("x.json").read_text()
     assert {x["file_name"] for x in json.loads(before)} == {"photos/a.jpg"}
@@ -148,7 +146,7 @@ def test_an_interruption_saves_what_has_been_detected(demo, monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setitem(demo.globals, "read_images", interrupted_at_once)
+    monkeypatch.setattr(tool, "read_images", interrupted_at_once)
     assert demo("--input", "photos", "--save-detections", "x.json") == 130
     assert Path("x.json").read_text() == before
 

@@ -12,9 +12,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import cv2
+import doctor
 import numpy as np
 import pytest
 import yaml
+from dataset_checks import checks, reading
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -22,9 +24,6 @@ from ssd.config import load_config
 from ssd.data.mapper import read_image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import doctor  # noqa: E402
-from dataset_checks import checks, reading  # noqa: E402
 
 
 class Lab:

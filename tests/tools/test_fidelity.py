@@ -7,15 +7,14 @@ import math
 import sys
 from pathlib import Path
 
+import fidelity
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from lineages import independent, mmdet, rows, settings
+from lineages import torchvision as tv
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import fidelity  # noqa: E402
-from lineages import independent, mmdet, rows, settings  # noqa: E402
-from lineages import torchvision as tv  # noqa: E402
 
 
 @pytest.fixture(scope="module")

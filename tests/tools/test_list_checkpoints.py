@@ -4,21 +4,13 @@ import runpy
 import subprocess
 import sys
 
-import pytest
+import list_checkpoints as tables
 
 from ssd.checkpoint.published import PUBLISHED
 from ssd.checkpoint.recognition import BACKBONES, DETECTORS
 
 
-@pytest.fixture
-def tables(repo, monkeypatch):
-    monkeypatch.syspath_prepend(str(repo / "tools"))
-    import list_checkpoints
-
-    return list_checkpoints
-
-
-def test_the_document_holds_the_tables(repo, tables):
+def test_the_document_holds_the_tables(repo):
     text = (repo / "docs/checkpoints.md").read_text()
     for table in (tables.detectors(), tables.backbones(), tables.published()):
         assert table in text, "run python tools/list_checkpoints.py"
@@ -26,14 +18,14 @@ def test_the_document_holds_the_tables(repo, tables):
     assert all(lineage.title in text for lineage in [*DETECTORS, *BACKBONES])
 
 
-def test_files_that_the_document_names_exist(repo, tables):
+def test_files_that_the_document_names_exist(repo):
     words = f"{tables.detectors()} {tables.backbones()}".replace(":", " ").replace(";", " ")
     files = {word for word in words.split() if word.startswith(("tests/", "docs/"))}
     assert len(files) > 4
     assert all((repo / file.rstrip(",")).is_file() for file in files)
 
 
-def test_what_changes_is_said(tables):
+def test_what_changes_is_said():
     texts = {lineage.key: tables.changes(lineage) for lineage in [*DETECTORS, *BACKBONES]}
     assert texts["mmdet_vgg"] == "nothing"
     assert texts["caffe"] == "background to the last place; BGR to RGB"

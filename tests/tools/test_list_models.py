@@ -1,9 +1,9 @@
 """README's table of labs is the tool's, and agrees with what torchvision publishes."""
 
-import importlib.util
 import re
 from pathlib import Path
 
+import list_models as tool
 import pytest
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights, SSDLite320_MobileNet_V3_Large_Weights
@@ -15,15 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("list_models", ROOT / "tools/list_models.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def lines(tool):
+def lines():
     """Lab to its line of README's table."""
     _, found, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(tool._HEADER)
     assert found, "README.md holds no table with the header of tools/list_models.py"
@@ -42,7 +34,7 @@ def test_links_lead_to_files(lines):
         assert all((ROOT / path).is_file() for path in paths)
 
 
-def test_published_are_the_papers_result_and_the_labs_first_weights(tool):
+def test_published_are_the_papers_result_and_the_labs_first_weights():
     text = tool.published("ssd_vgg16_size512")
     assert text.startswith("26.8 AP, COCO test-dev (paper); [27.2 AP, COCO val2017](http://")
     assert text.endswith(" (`ssd512_coco_detectron2_fork`)")
@@ -58,7 +50,7 @@ def test_published_are_the_papers_result_and_the_labs_first_weights(tool):
 @pytest.mark.parametrize(
     "name", ["quickstart", "ssdlite_mobilenetv3_size320", "ssdlite_mobilenetv2_size300_tf"]
 )
-def test_table_is_what_the_tool_prints(tool, lines, name):
+def test_table_is_what_the_tool_prints(lines, name):
     with torch.no_grad():
         assert tool.row(name) == lines[name]
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 import yaml
 from PIL import Image
+from reports import charts
 
 from ssd.data.shapes import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import report  # noqa: E402
-from reports import charts  # noqa: E402
 
 # Of the first objects that overlap no other, one each; all other objects are found.
 MISTAKES = ("class", "localisation", "both", "duplicate", "missed")

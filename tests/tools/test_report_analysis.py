@@ -1,17 +1,12 @@
 """tools/reports/analysis.py against cases worked out by hand, and AP50 against BoxEval."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from reports import analysis
+from reports.analysis import HIT, IGNORED, KINDS
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from reports import analysis  # noqa: E402
-from reports.analysis import HIT, IGNORED, KINDS  # noqa: E402
-
-from ssd.evaluation import BoxEval  # noqa: E402
+from ssd.evaluation import BoxEval
 
 CAT, DOG = 0, 1
 # (image, class, box): far from one another in an image

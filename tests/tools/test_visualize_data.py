@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import visualize_data as tool
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import box_iou
@@ -22,13 +22,8 @@ TOOL = ROOT / "tools" / "visualize_data.py"
 CONFIG = ["--config-file", str(ROOT / "labs/quickstart/config.yaml")]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    return runpy.run_path(str(TOOL))
-
-
 @pytest.fixture
-def draw(tool, tiny_opts, datasets_folder, tmp_path, monkeypatch):
+def draw(tiny_opts, datasets_folder, tmp_path, monkeypatch):
     """A function (arguments, overrides) → {name: picture}."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_folder))
     number = iter(range(9))
@@ -36,7 +31,7 @@ def draw(tool, tiny_opts, datasets_folder, tmp_path, monkeypatch):
     def run(arguments, *opts):
         folder = tmp_path / str(next(number))
         flags = [*CONFIG, *arguments.split(), "--output-dir", str(folder)]
-        assert tool["main"]([*flags, *map(str, [*tiny_opts, *opts])]) == 0
+        assert tool.main([*flags, *map(str, [*tiny_opts, *opts])]) == 0
         return {x.name: cv2.imread(str(x)) for x in folder.iterdir()}
 
     return run
@@ -87,10 +82,10 @@ def test_samples_follow_from_the_seed(draw):
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_only_the_order_of_the_channels_is_undone(tool, tiny_cfg, order):
+def test_only_the_order_of_the_channels_is_undone(tiny_cfg, order):
     cfg = tiny_cfg("SEED", 3, "INPUT.FORMAT", order)
     sample = build_train_loader(cfg).dataset[0]
-    ((name, image, instances),) = tool["samples"](cfg, 1)
+    ((name, image, instances),) = tool.samples(cfg, 1)
     given = sample["image"].permute(1, 2, 0).numpy()
     assert image.dtype == np.uint8 and (image == given[:, :, :: 1 if order == "RGB" else -1]).all()
     assert torch.equal(instances.gt_boxes.tensor, sample["instances"].gt_boxes.tensor)
@@ -108,7 +103,7 @@ def test_annotations_are_spread_over_the_data_set(draw, datasets_folder):
     assert 0.5 < same < 1  # boxes and names are on it
 
 
-def test_unreadable_and_defective_annotations_are_named(tool, register, tiny_cfg, tmp_path, capsys):
+def test_unreadable_and_defective_annotations_are_named(register, tiny_cfg, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "good.png"), np.zeros((30, 40, 3), np.uint8))
     record = {"height": 30, "width": 40, "image_id": 1, "file_name": str(tmp_path / "good.png")}
     boxes = [[5.0, 5, 20, 20], [5, 5, 5, 20], [float("nan"), 1, 2, float("inf")]]
@@ -119,19 +114,19 @@ def test_unreadable_and_defective_annotations_are_named(tool, register, tiny_cfg
         {**record, "file_name": str(tmp_path / "bad.png"), "annotations": []},
     ]
     cfg = tiny_cfg("DATASETS.TRAIN", (register(records, ["dot"]),))
-    ((name, picture),) = tool["annotated"](cfg, 5)
+    ((name, picture),) = tool.annotated(cfg, 5)
     assert name == "00000_good" and picture.shape == (480, 640, 3) and picture.any()
     errors = capsys.readouterr().err
     assert "bad.png is empty" in errors and "zero width" in errors and "isn't finite" in errors
 
 
-def test_matches_of_known_objects(tool, tiny_cfg):
+def test_matches_of_known_objects(tiny_cfg):
     """A default box itself, a dot that none fits, and an image without objects."""
     model = build_model(tiny_cfg())
     inside = (model.default_boxes >= 0).all(dim=1) & (model.default_boxes <= 96).all(dim=1)
     last_of_level_0 = int(inside[: model.boxes_per_level[0]].nonzero()[-1])
     box = model.default_boxes[last_of_level_0].tolist()
-    matches = tool["Matches"](model, instances_of(box, [1.0, 1, 3, 3]))
+    matches = tool.Matches(model, instances_of(box, [1.0, 1, 3, 3]))
     counts = matches.counts()
     assert counts[0, 0] >= 1 and counts[1].sum() == 1
     assert matches.best_iou[0] == pytest.approx(1) and matches.best_iou[1] < 0.1
@@ -142,7 +137,7 @@ def test_matches_of_known_objects(tool, tiny_cfg):
     image = np.full((96, 96, 3), 120, np.uint8)
     with_objects = matches.draw(image, ["box", "dot"])
 
-    empty = tool["Matches"](model, instances_of())
+    empty = tool.Matches(model, instances_of())
     assert empty.counts().shape == (0, len(model.boxes_per_level)) and empty.table([]) == ""
     picture = empty.draw(image, [])
     height = min(picture.shape[0], with_objects.shape[0]) // 2
@@ -160,9 +155,9 @@ def test_matches_of_known_objects(tool, tiny_cfg):
         ("--num-images 3", "--source"),
     ],
 )
-def test_wrong_arguments(tool, arguments, text, capsys, monkeypatch):
+def test_wrong_arguments(arguments, text, capsys, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     with pytest.raises(SystemExit) as stop:
-        tool["main"]([*CONFIG, *arguments.split()])
+        tool.main([*CONFIG, *arguments.split()])
     assert stop.value.code == 2 and text in capsys.readouterr().err

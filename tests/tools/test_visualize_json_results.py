@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import visualize_json_results as tool
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
@@ -23,11 +23,6 @@ CONFIG = ["--config-file", str(ROOT / "labs/quickstart/config.yaml")]
 VOC = """<annotation><filename>{0}.jpg</filename>
 <size><width>80</width><height>60</height></size><object><name>pear</name><bndbox>
 <xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>50</ymax></bndbox></object></annotation>"""
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return runpy.run_path(str(TOOL))
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def test_command_on_a_labs_results(predictions, datasets_folder, tmp_path):
         assert 0.003 < drawn < 0.3
 
 
-def test_low_scores_are_not_drawn(tool, predictions, datasets_folder, tmp_path, monkeypatch):
+def test_low_scores_are_not_drawn(predictions, datasets_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_folder))
     images = []
     for number, (found, threshold) in enumerate(
@@ -77,14 +72,14 @@ def test_low_scores_are_not_drawn(tool, predictions, datasets_folder, tmp_path, 
         (tmp_path / "found.json").write_text(json.dumps(found))
         arguments = ["--input", str(tmp_path / "found.json"), "--conf-threshold", threshold]
         output = tmp_path / str(number)
-        tool["main"]([*CONFIG, *arguments, "--output", str(output)])
+        tool.main([*CONFIG, *arguments, "--output", str(output)])
         images.append(halves(output / "000001.jpg"))
     below, without, above = images
     assert (below[0] == without[0]).all() and (above[0] != without[0]).any()
     assert np.abs(below[1] - above[1]).max() < 60  # the ground truth is there, but for JPEG
 
 
-def test_voc_data_set_as_its_evaluator_writes_it(tool, tmp_path, monkeypatch):
+def test_voc_data_set_as_its_evaluator_writes_it(tmp_path, monkeypatch):
     root = tmp_path / "fruit"
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True)
@@ -106,7 +101,7 @@ def test_voc_data_set_as_its_evaluator_writes_it(tool, tmp_path, monkeypatch):
         evaluator.process([record], [{"instances": instances}])
     evaluator.evaluate()
     arguments = ["--config-file", config, "--input", tmp_path / "coco_instances_results.json"]
-    tool["main"](list(map(str, [*arguments, "--output", tmp_path / "new"])))
+    tool.main(list(map(str, [*arguments, "--output", tmp_path / "new"])))
     assert sorted(x.name for x in (tmp_path / "new").iterdir()) == ["one.jpg", "two.jpg"]
     for left, right in map(halves, (tmp_path / "new").iterdir()):
         # of 480x360: the box, and nothing on the black image below it
@@ -125,7 +120,7 @@ def test_voc_data_set_as_its_evaluator_writes_it(tool, tmp_path, monkeypatch):
     ],
 )
 def test_results_of_something_else(
-    tool, predictions, datasets_folder, tmp_path, monkeypatch, change, text
+    predictions, datasets_folder, tmp_path, monkeypatch, change, text
 ):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_folder))
     changed = {**predictions[0], **change}
@@ -133,14 +128,14 @@ def test_results_of_something_else(
     (tmp_path / "found.json").write_text(json.dumps([changed]))
     arguments = ["--input", str(tmp_path / "found.json"), "--output", str(tmp_path / "new")]
     with pytest.raises(ValueError, match=text):
-        tool["main"]([*CONFIG, *arguments])
+        tool.main([*CONFIG, *arguments])
 
 
 @pytest.mark.parametrize(
     "arguments, text",
     [([], "--dataset NAME"), ([*CONFIG, "--dataset", "shapes_vall"], "'shapes_vall' is neither")],
 )
-def test_the_data_set_must_be_known(tool, arguments, text, capsys):
+def test_the_data_set_must_be_known(arguments, text, capsys):
     with pytest.raises(SystemExit):
-        tool["main"](["--input", "x.json", "--output", "new", *arguments])
+        tool.main(["--input", "x.json", "--output", "new", *arguments])
     assert text in capsys.readouterr().err
