@@ -1,10 +1,9 @@
 """Freed memory stays with the process."""
 
 import ctypes
-import subprocess
-import sys
 
 import pytest
+from commands import run
 
 from ssd import memory
 
@@ -23,6 +22,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_second_large_block_brings_no_new_pages():
     faults = {}
     for what in ("keep", "return"):
-        command = [sys.executable, "-c", SECOND_USE, memory.__file__, what]
-        faults[what] = int(subprocess.run(command, check=True, capture_output=True).stdout)
+        faults[what] = int(run("-c", SECOND_USE, memory.__file__, what))
     assert faults["keep"] < 16 < faults["return"], faults

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from commands import start
 from detectron2.data import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -21,7 +20,7 @@ from ssd.drawing import write_image
 from ssd.predict import find_images, image_ids, output_paths, save_records, to_records
 
 
-def test_command_with_published_weights(repo, tmp_path):
+def test_command_with_published_weights(tmp_path):
     """A file of the published name in the current folder is taken for it: random weights."""
     name = "ssdlite_mobilenetv2_voc0712_lufficc"
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
@@ -31,13 +30,8 @@ def test_command_with_published_weights(repo, tmp_path):
         model.head.cls_predictors[-1][-1].bias[7] = 5
     SSDCheckpointer(model, str(tmp_path)).save(Path(PUBLISHED[name].file_name).stem)
     cv2.imwrite(str(tmp_path / "photo.jpg"), np.full((60, 80, 3), 90, np.uint8))
-    done = subprocess.run(
-        [sys.executable, "-m", "ssd.predict", name, "photo.jpg", "none.jpg", "--output", "new"],
-        env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    images = ("photo.jpg", "none.jpg")
+    done = start("-m", "ssd.predict", name, *images, "--output", "new", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "none.jpg does not exist" in done.stderr
     title, header, row, *rows = done.stdout.splitlines()

@@ -37,12 +37,12 @@ class Command:
         number = len(list(output.glob("stdout*")))
         self._stdout = output / f"stdout{number}.txt"
         command = [sys.executable, *launcher, "../../train_net.py", "--config-file", "config.yaml"]
-        environment = {**os.environ, "DETECTRON2_DATASETS": str(datasets_folder)}
+        environment = {"DETECTRON2_DATASETS": str(datasets_folder), "PYTHONUNBUFFERED": "1"}
         with open(self._stdout, "w") as file:
             self._process = subprocess.Popen(
                 [*command, *flags, *opts, "OUTPUT_DIR", str(output)],
                 cwd=repo / "labs" / "quickstart",
-                env={**environment, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

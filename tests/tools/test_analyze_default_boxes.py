@@ -1,9 +1,6 @@
 """tools/analyze_default_boxes.py: its numbers against the model's boxes, and its suggestion."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import analyze_default_boxes as tool
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import run
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -160,21 +158,18 @@ def test_platelets_of_bccd(bccd, monkeypatch):
 
 def test_command(datasets_folder, tmp_path):
     """The YAML that it prints loads and builds a model with the suggested boxes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["DETECTRON2_DATASETS"] = str(datasets_folder)
     lab, picture = str(ROOT / "labs/quickstart/config.yaml"), tmp_path / "new" / "boxes.png"
-    command = [sys.executable, str(ROOT / "tools/analyze_default_boxes.py"), "--config-file", lab]
-    command += ["--output", str(picture), "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", "130.0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "objects at 160x160, without augmentation" in done.stdout
-    assert re.search(r"(?m)^ring +\d+ +[\d.]+%", done.stdout)
+    command = [ROOT / "tools/analyze_default_boxes.py", "--config-file", lab, "--output", picture]
+    command += ["MODEL.SSD.DEFAULT_BOXES.MAX_SIZE", "130.0"]
+    printed = run(*command, DETECTRON2_DATASETS=datasets_folder)
+    assert "objects at 160x160, without augmentation" in printed
+    assert re.search(r"(?m)^ring +\d+ +[\d.]+%", printed)
     with Image.open(picture) as image:
         assert image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100  # something is drawn
-    text = done.stdout[done.stdout.index("MODEL:") :]
-    printed = yaml.safe_load(text)["MODEL"]["SSD"]["DEFAULT_BOXES"]
+    text = printed[printed.index("MODEL:") :]
+    suggested = yaml.safe_load(text)["MODEL"]["SSD"]["DEFAULT_BOXES"]
     (tmp_path / "config.yaml").write_text(f"_BASE_: {lab}\n{text}")
     cfg = read_config(str(tmp_path / "config.yaml"), ["MODEL.DEVICE", "cpu"])
-    assert cfg.MODEL.SSD.DEFAULT_BOXES.MIN_SIZES == printed["MIN_SIZES"]
+    assert cfg.MODEL.SSD.DEFAULT_BOXES.MIN_SIZES == suggested["MIN_SIZES"]
     assert len(build_model(cfg).default_boxes) == 2136

@@ -1,14 +1,12 @@
 """tools/analyze_model.py: its totals are the published ones."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import analyze_model as tool
 import pytest
 import torch
+from commands import run
 from detectron2.modeling import build_model
 from torchvision.models.detection import SSD300_VGG16_Weights, SSDLite320_MobileNet_V3_Large_Weights
 
@@ -57,17 +55,14 @@ def test_activations_are_the_outputs_of_convolutions():
 
 
 def test_command():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tools/analyze_model.py"), "--tasks", *tool.TASKS]
-    command += ["--config-file", str(ROOT / "labs/quickstart/config.yaml")]
-    command += ["MODEL.SSD.NUM_CLASSES", "80"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [ROOT / "tools/analyze_model.py", "--tasks", *tool.TASKS]
+    command += ["--config-file", ROOT / "labs/quickstart/config.yaml"]
+    printed = run(*command, "MODEL.SSD.NUM_CLASSES", "80")
     for line in (
         "backbone.bottom_up",
         "GFLOPs: conv",
         "outputs of convolutions",
         "(head): SSDLite",
     ):
-        assert line in done.stdout
-    assert ", 324, kernel_size=(1, 1)" in done.stdout  # 4 boxes of 81 scores
+        assert line in printed
+    assert ", 324, kernel_size=(1, 1)" in printed  # 4 boxes of 81 scores

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from benchmarks import contenders, inputs, machine, report, worker
 from benchmarks.contenders.torchvision import TorchvisionFiles
+from commands import run
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,11 +292,8 @@ def written(tmp_path_factory):
         "--tasks predict --models tiny --batch-sizes 2 --rounds 1 --warmup 1 --min-seconds 0 "
         f"--threads 1 --json {path}"
     ).split()
-    command = [sys.executable, "tools/benchmark.py", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(path.read_text()), done.stdout
+    printed = run("tools/benchmark.py", *arguments, cwd=ROOT)
+    return json.loads(path.read_text()), printed
 
 
 def test_report_holds_what_a_reader_needs(written):

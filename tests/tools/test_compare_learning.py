@@ -1,31 +1,17 @@
 """The side-by-side training with torchvision, for two iterations on BCCD."""
 
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import run, start
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools/compare_learning.py")
-
-
-def compare(folder, bccd, *args):
-    result = command(folder, bccd, *args)
-    assert result.returncode == 0, result.stderr
-
-
-def command(folder, bccd, *args):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "DETECTRON2_DATASETS": str(bccd)}
-    env.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    line = [sys.executable, TOOL, "--output", folder, *args]
-    return subprocess.run(line, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +19,7 @@ def results(bccd, tmp_path_factory):
     """Folder of the results of one run of each."""
     folder = tmp_path_factory.mktemp("learning")
     args = "--contenders torchvision ours --seeds 3 --iterations 2 --device cpu".split()
-    compare(folder, bccd, *args)
+    run(TOOL, "--output", folder, *args, DETECTRON2_DATASETS=bccd)
     return folder
 
 
@@ -69,7 +55,7 @@ def test_runs_of_other_lengths_are_not_mixed(results, bccd, tmp_path):
         (["--plot", str(tmp_path / "x.png")], "ours's runs were evaluated at different"),
         ("--contenders ours --seeds 4 --iterations 2".split(), "is of 1 iterations, not 2"),
     ):
-        done = command(tmp_path / "runs", bccd, *arguments)
+        done = start(TOOL, "--output", tmp_path / "runs", *arguments, DETECTRON2_DATASETS=bccd)
         assert done.returncode and message in done.stderr
 
 

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,6 +9,7 @@ import demo as tool
 import numpy as np
 import pytest
 import torch
+from commands import start
 from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
@@ -74,15 +72,10 @@ def test_command_on_files_folders_and_patterns(opts, demo, datasets_folder):
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     Image.fromarray(np.zeros((40, 70, 3), np.uint8)).save("turned.jpg", exif=exif)
     shape = datasets_folder / "shapes" / "val" / "images" / "000002.jpg"
-    command = [sys.executable, TOOL, *arguments_of("--input", "photos", "turned.jpg", "p*/a.*")]
+    command = [TOOL, *arguments_of("--input", "photos", "turned.jpg", "p*/a.*")]
     command += ["missing.jpg", "*.gif", shape, "--output", "pictures"]
     command += ["--save-detections", "found/all.json", "--batch-size", "2"]
-    done = subprocess.run(
-        [*command, "--opts", *map(str, opts)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = start(*command, "--opts", *opts)
     assert done.returncode == 0, done.stderr
     for name in ("photos/broken.jpg", "missing.jpg", "*.gif"):
         assert name in done.stdout + done.stderr

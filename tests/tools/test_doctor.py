@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +15,7 @@ import doctor
 import numpy as np
 import pytest
 import yaml
+from commands import run, start
 from dataset_checks import checks, reading
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
@@ -661,13 +661,10 @@ def test_command(lab):
     lab.image(0).rename(lab.folder / "train" / name)
     lab.objects(0)[0]["bbox"][2] = 0
     lab.write()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tools/doctor.py"), "--config-file", str(lab.config)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"OK +Python [\d.]+, torch [\d.]+", done.stdout)
-    assert "doctor_test (test): 4 images" in done.stdout
-    assert r"caf\udce9.jpg: object 0 (" in done.stdout
+    printed = run(ROOT / "tools/doctor.py", "--config-file", lab.config)
+    assert re.search(r"OK +Python [\d.]+, torch [\d.]+", printed)
+    assert "doctor_test (test): 4 images" in printed
+    assert r"caf\udce9.jpg: object 0 (" in printed
 
 
 @pytest.mark.parametrize(
@@ -681,9 +678,7 @@ def test_command(lab):
 def test_broken_environment(tmp_path, module, error):
     name, _, text = error.partition(": ")
     (tmp_path / f"{module}.py").write_text(f"raise {name}({text!r})")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "tools/doctor.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = start(ROOT / "tools/doctor.py", PYTHONPATH=tmp_path)
     assert done.returncode == 1
     level, below = finding(done.stdout, f"{module}: found .* fails with {error}")
     assert level == "ERROR" and "Mend it with" in below

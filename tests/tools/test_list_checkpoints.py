@@ -1,10 +1,10 @@
 """The tables of docs/checkpoints.md."""
 
 import runpy
-import subprocess
 import sys
 
 import list_checkpoints as tables
+from commands import start
 
 from ssd.checkpoint.published import PUBLISHED
 from ssd.checkpoint.recognition import BACKBONES, DETECTORS
@@ -36,9 +36,7 @@ def test_what_changes_is_said():
 def test_a_missing_table_is_an_error(repo, tmp_path, monkeypatch):
     page, tool = tmp_path / "page.md", str(repo / "tools/list_checkpoints.py")
     page.write_text("nothing")
-    command = [sys.executable, tool, "--check", str(page)]
-    environment = {"PYTHONPATH": str(repo), "PATH": "/usr/bin"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = start(tool, "--check", page)
     assert result.returncode == 1 and result.stderr.endswith("doesn't hold 3 of these tables\n")
 
     monkeypatch.setattr(sys, "argv", [tool, "--check", str(repo / "docs/checkpoints.md")])

@@ -6,13 +6,12 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run as run_command
 from detectron2.modeling import build_model
 
 from ssd import model_zoo
@@ -88,11 +87,10 @@ def message(call):
 
 def test_convert_as_a_command(tmp_path, old_state, new_state, assert_equal):
     torch.save({"state_dict": old_state, "meta": {"mmdet_version": "2.12.0"}}, tmp_path / "old.pth")
-    command = [sys.executable, FOLDER / "convert.py", "old.pth", "new.pth", "--to", "mmdet"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
+    printed = run_command(
+        FOLDER / "convert.py", "old.pth", "new.pth", "--to", "mmdet", cwd=tmp_path
+    )
+    assert printed.splitlines() == [
         "Found MMDetection's SSD before 2.14; wrote mmdet to new.pth",
         "It needs RGB in [0, 255] minus [123.675, 116.28, 103.53], divided by [1.0, 1.0, 1.0]; "
         "default boxes as in labs/ssd_vgg16_size300_120e",
@@ -376,10 +374,8 @@ def test_publish_gives_the_same_file_for_the_same_weights(run, tmp_path, publish
     names = []
     for folder, name in (("a", "x"), ("b", "longer_name")):
         (tmp_path / folder).mkdir()
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, FOLDER / "publish.py", source, tmp_path / folder / name]
         if folder == "a":
-            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+            run_command(FOLDER / "publish.py", source, tmp_path / folder / name)
         else:
             model.to(memory_format=torch.contiguous_format)
             SSDCheckpointer(model, str(tmp_path / "b"), cfg=cfg).save("other", iteration=3)

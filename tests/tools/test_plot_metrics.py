@@ -1,8 +1,7 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from commands import run
 from PIL import Image
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "plot_metrics.py"
@@ -13,7 +12,7 @@ def test_picture_of_a_resumed_run(tmp_path):
     lines.append({"iteration": 20, "bbox/AP": 12.5, "bbox/AP50": 30.0, "bbox/AP50-$r^$": 20.0})
     metrics, picture = tmp_path / "metrics.json", tmp_path / "curve.png"
     metrics.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    subprocess.run([sys.executable, TOOL, metrics, picture], check=True)
+    run(TOOL, metrics, picture)
     with Image.open(picture) as image:
         assert image.size == (1100, 400)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100  # something is drawn

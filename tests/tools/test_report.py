@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import report
 import yaml
+from commands import run
 from PIL import Image
 from reports import charts
 
@@ -54,10 +55,9 @@ def detections_of(truth, mistakes):
 
 
 @pytest.fixture
-def write_run(datasets_folder, tmp_path, monkeypatch, repo):
+def write_run(datasets_folder, tmp_path, monkeypatch):
     """A function (name, **differences) → the output folder of a run on the four shapes images."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_folder))
-    monkeypatch.setenv("PYTHONPATH", str(repo))
     truth = json.loads((datasets_folder / "shapes" / "val.json").read_text())
 
     def write(name="a", mistakes=MISTAKES, extra=(), register=None, rate=0.1):
@@ -121,8 +121,7 @@ def notes(tree):
 def test_each_mistake_is_counted_and_shown(write_run, datasets_folder):
     background = {"image_id": 1, "category_id": 1, "bbox": [900, 900, 20, 20], "score": 0.7}
     folder = write_run(extra=[background])
-    command = [sys.executable, ROOT / "tools" / "report.py", folder, "--score-threshold", "0.5"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = run(ROOT / "tools" / "report.py", folder, "--score-threshold", "0.5")
     path = folder / "report.html"
     assert printed.startswith(f"Wrote {path}")
     page = path.read_text()

@@ -1,9 +1,6 @@
 """Pictures of the training data, and the default boxes that each object is matched to."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import visualize_data as tool
+from commands import run
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import box_iou
@@ -45,11 +43,9 @@ def instances_of(*boxes):
 
 
 def test_command_draws_what_the_training_gets(tiny_opts, tiny_cfg, datasets_folder, tmp_path):
-    command = [sys.executable, TOOL, *CONFIG, "--source", "dataloader", "--matches"]
-    command += ["--num-images", "3", "--output-dir", tmp_path, *tiny_opts, "SEED", "7"]
-    env = {**os.environ, "DETECTRON2_DATASETS": str(datasets_folder), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [TOOL, *CONFIG, "--source", "dataloader", "--matches", "--num-images", "3"]
+    command += ["--output-dir", tmp_path, *tiny_opts, "SEED", "7"]
+    printed = run(*command, DETECTRON2_DATASETS=datasets_folder)
 
     cfg = tiny_cfg("SEED", 7)
     default_boxes = build_model(cfg).default_boxes
@@ -63,12 +59,12 @@ def test_command_draws_what_the_training_gets(tiny_opts, tiny_cfg, datasets_fold
         name = f"{number:05d}_{Path(sample['file_name']).stem}"
         expected[name] = (len(sample["instances"]), int(positive.sum()))
     assert sum(count for _, count in expected.values()) > 3
-    found = re.findall(r"^(\S+): (\d+) objects, (\d+) positives$", done.stdout, re.MULTILINE)
+    found = re.findall(r"^(\S+): (\d+) objects, (\d+) positives$", printed, re.MULTILINE)
     assert {name: (int(m), int(p)) for name, m, p in found} == expected
     assert {x.stem for x in tmp_path.iterdir()} == set(expected)
     objects, positives = map(sum, zip(*expected.values()))
     last = rf"^3 images, {objects} objects, {positives / objects:.1f} positives per object"
-    assert re.search(last, done.stdout, re.MULTILINE)
+    assert re.search(last, printed, re.MULTILINE)
     for path in tmp_path.iterdir():
         assert len(np.unique(cv2.imread(str(path)).reshape(-1, 3), axis=0)) > 1000, path
 

@@ -1,9 +1,6 @@
 """Pictures of an evaluation's JSON, of COCO's and VOC's format, beside the ground truth."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import visualize_json_results as tool
+from commands import run
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
@@ -42,13 +40,8 @@ def halves(path):
 
 def test_command_on_a_labs_results(predictions, datasets_folder, tmp_path):
     (tmp_path / "found.json").write_text(json.dumps(predictions))
-    command = [sys.executable, TOOL, *CONFIG, "--input", tmp_path / "found.json"]
-    env = {**os.environ, "DETECTRON2_DATASETS": str(datasets_folder), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--output", tmp_path / "new"], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4 pictures" in done.stdout
+    command = [TOOL, *CONFIG, "--input", tmp_path / "found.json", "--output", tmp_path / "new"]
+    assert "4 pictures" in run(*command, DETECTRON2_DATASETS=datasets_folder)
     assert sorted(x.name for x in (tmp_path / "new").iterdir()) == [
         f"{i:06d}.jpg" for i in range(4)
     ]
