@@ -17,7 +17,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
-from trainers import ScriptedTrainer, checkpoint, joined, train
+from trainers import ScriptedTrainer, checkpoint, in_two_processes, train
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -808,23 +808,12 @@ def norm_opts(norm):
     return f"{opts} SOLVER.BASE_LR 0.003".split()
 
 
-def _train_part(rank, folder, lab, opts):
-    with joined(rank, folder):
-        torch.set_num_threads(1)
-        train(load_config(lab, opts), WeighingTrainer)
-
-
-def test_synchronised_batch_norm_of_two_processes_equals_batch_norm_of_one(
-    repo, tiny_cfg, tiny_opts, tmp_path
-):
+def test_synchronised_batch_norm_of_two_processes_equals_batch_norm_of_one(tiny_cfg, tmp_path):
     cfg = tiny_cfg(*norm_opts("BN"), "SOLVER.MAX_ITER", 1)
-    opts = [*tiny_opts, *norm_opts("naiveSyncBN"), "SOLVER.MAX_ITER", 1]
-    opts += ["OUTPUT_DIR", str(tmp_path / "two")]
-    lab = str(repo / "labs" / "quickstart" / "config.yaml")
-    # forked, since a new process would import everything again
-    arguments = (str(tmp_path), lab, opts)
-    torch.multiprocessing.start_processes(_train_part, arguments, 2, start_method="fork")
-    two = torch.load(tmp_path / "two" / "model_final.pth", weights_only=True)["model"]
+    opts = ["SOLVER.MAX_ITER", 1, "OUTPUT_DIR", str(tmp_path / "two")]
+    of_two = tiny_cfg(*norm_opts("naiveSyncBN"), *opts)
+    in_two_processes(lambda rank: train(of_two, WeighingTrainer), tmp_path)
+    two = checkpoint(of_two, "model_final.pth")["model"]
 
     counts = {}  # the values per channel over which each layer normalises
 

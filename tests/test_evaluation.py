@@ -5,14 +5,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from trainers import joined
+from trainers import in_two_processes
 
 from ssd import evaluation
 from ssd.config import add_ssd_config
@@ -481,11 +480,11 @@ def test_metric_names_are_what_is_logged(classes, evaluators, tmp_path):
     MetadataCatalog.pop("t_other")
 
 
-def _two_processes(rank, folder):
-    with joined(rank, folder):
+def test_two_processes_are_gathered(tmp_path):
+    def evaluate(rank):
         register([[(A, 0)], [(B, 0)]], ["cat"])
         results = []
-        for evaluator in (VOCEvaluator(NAME), COCOBoxEvaluator(NAME, folder)):
+        for evaluator in (VOCEvaluator(NAME), COCOBoxEvaluator(NAME, str(tmp_path))):
             evaluator.reset()
             instances = Instances((100, 100))
             instances.pred_boxes = Boxes(torch.tensor([[A, B][rank]]).float())
@@ -499,7 +498,4 @@ def _two_processes(rank, folder):
         else:
             assert results == [{}, {}]
 
-
-def test_two_processes_are_gathered(tmp_path):
-    # forked, since a new process would import everything again
-    torch.multiprocessing.start_processes(_two_processes, (str(tmp_path),), 2, start_method="fork")
+    in_two_processes(evaluate, tmp_path)

@@ -9,14 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from detectron2.data import Metadata
+from detectron2.data import DatasetCatalog, Metadata
 from detectron2.engine import SimpleTrainer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from trainers import ScriptedTrainer, checkpoint, joined, train
+from trainers import ScriptedTrainer, checkpoint, in_two_processes, train
 
-from ssd.config import load_config
+from ssd.data.shapes import CLASSES
 from ssd.engine import Trainer
 from ssd.hooks import GracefulStop, TrainingPictures, WandbWriter, validation_losses
 from ssd.modeling import SSD
@@ -260,11 +260,17 @@ def test_early_stopping_needs_a_metric_and_a_period(tiny_cfg, opts):
         Trainer(tiny_cfg("TEST.EARLY_STOPPING.PATIENCE", 2, *opts.split()))
 
 
-def _train_part(rank, folder, lab, opts):
-    with joined(rank, folder):
-        torch.set_num_threads(1)
+def test_two_processes_stop_together_and_share_the_validation_images(tiny_cfg, register, tmp_path):
+    opts = [*STOPPING, "TEST.EARLY_STOPPING.PATIENCE", 1, "TEST.LOSS_PERIOD", 1]
+    opts += ["SOLVER.MAX_ITER", 5, "TEST.IMS_PER_BATCH", 1, "MODEL.MOBILENET.NORM", "FrozenBN"]
+    opts += ["MODEL.SSD.NORM", "FrozenBN"]
+    tiny_cfg()  # registers the shapes
+    name = register(DatasetCatalog.get("shapes_val")[:3], CLASSES)  # one process has two of them
+    cfg = tiny_cfg(*opts, "DATASETS.TEST", (name,))
+
+    def train_part(rank):
         ScriptedTrainer.script = [30.0, 20.0, 10.0] if rank == 0 else []
-        trainer = train(load_config(lab, opts), ScriptedTrainer)
+        trainer = train(cfg, ScriptedTrainer)
         assert trainer.iter == trainer.max_iter == 2
         model = trainer.evaluated_model
         for evaluate in (Trainer.test, Trainer.test_with_TTA, Trainer.test_losses):
@@ -275,34 +281,13 @@ def _train_part(rank, folder, lab, opts):
             first, other = comm.all_gather(variances[0])
             assert torch.equal(first, other) and first[0] != 9, "both evaluate what is saved"
         (losses,) = losses.values()
-        with open(f"{folder}/losses{rank}.json", "w") as file:
-            json.dump(losses, file)
+        (tmp_path / f"losses{rank}.json").write_text(json.dumps(losses))
 
-
-def test_two_processes_stop_together_and_share_the_validation_images(
-    repo, tiny_cfg, tiny_opts, datasets_folder, tmp_path, monkeypatch
-):
-    # three images: of which one process has two
-    data = json.loads((datasets_folder / "shapes" / "val.json").read_text())
-    data["images"] = data["images"][:3]
-    data["annotations"] = [x for x in data["annotations"] if x["image_id"] <= 3]
-    (datasets_folder / "shapes" / "three.json").write_text(json.dumps(data))
-    three = "{FORMAT: coco, ROOT: shapes, ANNOTATIONS: three.json, IMAGES: val/images}"
-    opts = [*STOPPING, "TEST.EARLY_STOPPING.PATIENCE", 1, "TEST.LOSS_PERIOD", 1]
-    opts += ["SOLVER.MAX_ITER", 5, "TEST.IMS_PER_BATCH", 1, "MODEL.MOBILENET.NORM", "FrozenBN"]
-    opts += ["MODEL.SSD.NORM", "FrozenBN", "DATASETS.TEST", "('three',)", "OUTPUT_DIR", "."]
-    lab = tmp_path / "config.yaml"
-    lab.write_text(
-        f"_BASE_: {repo}/labs/quickstart/config.yaml\nDATASETS: {{REGISTER: {{three: {three}}}}}\n"
-    )
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_folder))
-    opts = [*tiny_opts, *opts[:-1], str(tmp_path / "two")]
-    torch.multiprocessing.spawn(_train_part, (str(tmp_path), str(lab), opts), nprocs=2)
+    in_two_processes(train_part, tmp_path)
     found = [json.loads((tmp_path / f"losses{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
-    assert metrics(tmp_path / "two", "validation/total_loss")[2] == found[0]["total_loss"]
+    assert metrics(cfg.OUTPUT_DIR, "validation/total_loss")[2] == found[0]["total_loss"]
 
-    cfg = load_config(str(lab), opts)
     model = Trainer.build_model(cfg)
     model.load_state_dict(checkpoint(cfg, "model_final.pth")["model"])
     (alone,) = Trainer.test_losses(cfg, model).values()

@@ -1,9 +1,9 @@
 """Short runs for the tests of the engine and its hooks."""
 
-import contextlib
 import os
 
 import torch
+import torch.multiprocessing
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
@@ -11,13 +11,19 @@ from ssd.engine import Trainer
 from ssd.launch import end_process, leave_process_group
 
 
-@contextlib.contextmanager
-def joined(rank, folder):
-    """This process is one of two."""
-    init = f"file://{folder}/init"
+def in_two_processes(function, folder):
+    """``function(rank)`` in each of two processes that are one job; ``folder`` is empty at first.
+
+    They are forked, since a new process would import everything again.
+    """
+    arguments = (function, f"file://{folder}/init")
+    torch.multiprocessing.start_processes(_join, arguments, 2, start_method="fork")
+
+
+def _join(rank, function, init):
     torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     comm.create_local_process_group(2)
-    yield
+    function(rank)
     leave_process_group()
     end_process()
 

@@ -13,7 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from trainers import joined
+from trainers import in_two_processes
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
@@ -192,18 +192,16 @@ def losses_of_every_normalizer(inputs):
     return torch.stack(losses)
 
 
-def _half(rank, folder):
-    with joined(rank, folder):
-        inputs = [*batch(), batch()[0]]
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    inputs = [*batch(), batch()[0]]
+
+    def half(rank):
         losses = losses_of_every_normalizer(inputs[2 * rank : 2 * rank + 2])
         torch.distributed.all_reduce(losses)
-        torch.save(losses / 2, f"{folder}/{rank}")  # DistributedDataParallel takes the mean
+        torch.save(losses / 2, tmp_path / str(rank))  # DistributedDataParallel takes the mean
 
-
-def test_two_processes_have_the_loss_of_one(tmp_path):
-    # forked, since a new process would import everything again
-    torch.multiprocessing.start_processes(_half, (str(tmp_path),), 2, start_method="fork")
-    expected = losses_of_every_normalizer([*batch(), batch()[0]])
+    in_two_processes(half, tmp_path)
+    expected = losses_of_every_normalizer(inputs)
     assert len(expected[:, 0].unique()) == 3
     torch.testing.assert_close(torch.load(tmp_path / "0"), expected, rtol=1e-4, atol=1e-5)
 
