@@ -14,6 +14,7 @@ from collections import OrderedDict, defaultdict, deque
 import numpy as np
 import pytest
 import torch
+from protobuf import field, varint
 
 from ssd.checkpoint.files import read_file
 
@@ -289,25 +290,7 @@ def test_pickle_of_something_else(refusal):
     assert "holds no dictionary of weights" in refusal(pickle.dumps([1, 2], protocol=2))
 
 
-# Caffe, encoded by hand: https://protobuf.dev/programming-guides/encoding/
-
-
-def varint(number):
-    number &= 2**64 - 1
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-def number(field, value):
-    return varint(field << 3) + varint(value)
-
-
-def block(field, content):
-    content = content.encode() if isinstance(content, str) else content
-    return varint(field << 3 | 2) + varint(len(content)) + content
+# Caffe, encoded by hand
 
 
 def packed(values, kind="f"):
@@ -315,44 +298,44 @@ def packed(values, kind="f"):
 
 
 def shaped(dims):
-    return block(7, block(1, b"".join(varint(n) for n in dims)))
+    return field(7, field(1, b"".join(varint(n) for n in dims)))
 
 
 def old_shaped(dims):
-    return b"".join(number(field, n) for field, n in enumerate(dims, start=1))
+    return b"".join(field(i, n) for i, n in enumerate(dims, start=1))
 
 
 def blob(*dims, old=False):
     count = math.prod(dims)
-    return block(5, packed(range(count))) + (old_shaped(dims) if old else shaped(dims))
+    return field(5, packed(range(count))) + (old_shaped(dims) if old else shaped(dims))
 
 
 def new_layer(name, *blobs):
-    skipped = block(2, "Convolution") + block(3, "data") + block(106, number(1, 64)) + number(10, 1)
-    return block(100, block(1, name) + skipped + b"".join(block(7, x) for x in blobs))
+    skipped = field(2, "Convolution") + field(3, "data") + field(106, field(1, 64)) + field(10, 1)
+    return field(100, field(1, name) + skipped + b"".join(field(7, x) for x in blobs))
 
 
 def v1_layer(name, *blobs):
-    return block(2, block(2, "data") + block(4, name) + number(5, 4) + b"".join(
-        block(6, x) for x in blobs) + varint(7 << 3 | 5) + packed([1.0]))  # fmt: skip
+    return field(2, field(2, "data") + field(4, name) + field(5, 4) + b"".join(
+        field(6, x) for x in blobs) + varint(7 << 3 | 5) + packed([1.0]))  # fmt: skip
 
 
 def v0_layer(name, *blobs):
-    inner = block(1, name) + block(2, "conv") + b"".join(block(50, x) for x in blobs)
-    return block(2, block(1, inner) + block(2, "data"))
+    inner = field(1, name) + field(2, "conv") + b"".join(field(50, x) for x in blobs)
+    return field(2, field(1, inner) + field(2, "data"))
 
 
 def counting(*dims):
     return torch.arange(float(math.prod(dims))).reshape(dims)
 
 
-@pytest.mark.parametrize("start", [block(1, "VGG"), b""])
+@pytest.mark.parametrize("start", [field(1, "VGG"), b""])
 @pytest.mark.parametrize("layer", [new_layer, v1_layer, v0_layer])
 @pytest.mark.parametrize("old", [False, True])
 def test_caffemodel(read, layer, old, start):
     bias = (1, 1, 1, 4) if old else (4,)
     content = start + layer("data") + layer(
-        "conv1_1", blob(4, 3, 2, 2, old=old), blob(*bias, old=old), block(6, packed([9.0]))
+        "conv1_1", blob(4, 3, 2, 2, old=old), blob(*bias, old=old), field(6, packed([9.0]))
         + blob(2, 1, 1, 1, old=old),
     ) + layer("conv4_3_norm", blob(*bias, old=old))  # fmt: skip
     expected = {
@@ -367,10 +350,10 @@ def test_caffemodel(read, layer, old, start):
 
 
 def test_caffemodel_encodings(read, refusal):
-    parts = block(5, packed([0, 1])) + block(5, packed([2, 3, 4, 5])) + shaped([2, 3])
-    doubles = block(8, packed(range(6), "d")) + shaped([2, 3])
-    scalar = block(5, packed([0])) + shaped([])
-    unpacked_shape = block(5, packed(range(6))) + block(7, number(1, 2) + number(1, 3))
+    parts = field(5, packed([0, 1])) + field(5, packed([2, 3, 4, 5])) + shaped([2, 3])
+    doubles = field(8, packed(range(6), "d")) + shaped([2, 3])
+    scalar = field(5, packed([0])) + shaped([])
+    unpacked_shape = field(5, packed(range(6))) + field(7, field(1, 2) + field(1, 3))
     content = new_layer("a", parts, doubles, scalar, unpacked_shape)
     expected = {"a.weight": counting(2, 3), "a.bias": counting(2, 3), "a.2": torch.tensor(0.0)}
     assert_same(read(content)["model"], {**expected, "a.3": counting(2, 3)})
@@ -382,7 +365,7 @@ def test_caffemodel_encodings(read, refusal):
     "shape", [shaped([2, 4]), shaped([-2, -3]), shaped([2**40, 2**40]), old_shaped([2, 3]), b""]
 )
 def test_caffemodel_with_a_forged_shape(refusal, shape):
-    assert "with 6 values" in refusal(new_layer("a", block(5, packed(range(6))) + shape))
+    assert "with 6 values" in refusal(new_layer("a", field(5, packed(range(6))) + shape))
 
 
 # Broken and hostile files

@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 from detectron2.modeling import build_model
+from protobuf import field, varint
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
@@ -62,22 +63,6 @@ def of_fork(path, state):
         return torch.save({"model": state, "iteration": 239999}, path)
     arrays = {name: value.numpy() for name, value in state.items()}
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}))
-
-
-def varint(value):
-    digits = []
-    while value > 127:
-        digits.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*digits, value])
-
-
-def field(number, value):
-    """A field of a protobuf message: an integer, a text, or bytes (also of messages)."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def of_caffe(old):

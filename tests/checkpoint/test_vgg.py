@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from detectron2.modeling import build_model
+from protobuf import field, varint
 from torchvision.models import vgg16
 
 from ssd import model_zoo
@@ -263,24 +264,11 @@ def test_lab_that_starts_with_torchvisions_features(features_state, tmp_path, lo
 # --- Caffe's file -----------------------------------------------------------------------------
 
 
-def varint(number):
-    digits = []
-    while number > 127:
-        digits.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*digits, number])
-
-
-def field(number, content):
-    """A field of bytes in a protobuf message."""
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
 def caffemodel(layers):
     """NetParameter: ``layer`` (100) with name (1) and blobs (7) of data (5) and shape (7)."""
-    content = field(1, b"VGG_ILSVRC_16_layers")
+    content = field(1, "VGG_ILSVRC_16_layers")
     for name, blobs in layers.items():
-        layer = field(1, name.encode()) + field(2, b"Convolution")
+        layer = field(1, name) + field(2, "Convolution")
         for blob in blobs:
             shape = field(7, field(1, b"".join(map(varint, blob.shape))))
             layer += field(7, field(5, blob.numpy().tobytes()) + shape)
