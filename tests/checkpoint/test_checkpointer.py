@@ -1,6 +1,5 @@
 """Saving and loading: round trips, foreign files, files that are broken or would run code."""
 
-import io
 import logging
 import math
 import os
@@ -9,13 +8,13 @@ import re
 import resource
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
+from weights import OLD, Hostile, mmdet_shapes, saved
 
 from ssd.checkpoint import SSDCheckpointer, vgg
 from ssd.config import load_config
@@ -147,19 +146,9 @@ def test_a_failing_save_leaves_the_earlier_file_whole(tmp_path, room):
     assert set(os.listdir(tmp_path)) == {"model.pth", "last_checkpoint"}
 
 
-@pytest.fixture(scope="module")
-def golden_names():
-    def read(name):
-        data = np.load(ROOT / f"tests/data/golden/golden_mmdet_{name}.npz")
-        shapes = [tuple(int(n) for n in str(s).split("x") if n) for s in data["shapes"]]
-        return dict(zip((str(n) for n in data["names"]), shapes))
-
-    return read
-
-
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_mmdetection_file_fills_the_model(tmp_path, golden_names, prefix):
-    state = mmdetections(golden_names("ssdlite"))
+def test_mmdetection_file_fills_the_model(tmp_path, prefix):
+    state = mmdetections()
     path = str(tmp_path / "ssdlite.pth")
     stored = {prefix + name: value for name, value in state.items()}
     torch.save({"state_dict": stored, "meta": {"epoch": 120, "CLASSES": ("a", "b")}}, path)
@@ -175,14 +164,15 @@ def test_mmdetection_file_fills_the_model(tmp_path, golden_names, prefix):
         assert torch.equal(ours[name], state[theirs]), name
 
 
-def mmdetections(names, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(shape, generator=generator) for name, shape in names.items()}
+def mmdetections():
+    """Random parameters of its SSDLite."""
+    generator, shapes = torch.Generator().manual_seed(0), mmdet_shapes("ssdlite")
+    return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def test_mmdetections_averages_are_those_that_it_evaluates(tmp_path, golden_names, log):
+def test_mmdetections_averages_are_those_that_it_evaluates(tmp_path, log):
     """Its plain names; MMCV's hook leaves ema_… beside them, MMEngine's an ema_state_dict."""
-    state = mmdetections(golden_names("ssdlite"))
+    state = mmdetections()
     extra = {"ema_" + name.replace(".", "_"): -x for name, x in state.items()}
     average = {"steps": torch.tensor(7), **{f"module.{n}": -x for n, x in state.items()}}
     path = str(tmp_path / "epoch_1.pth")
@@ -318,14 +308,7 @@ def test_evaluation_without_weights():
     assert SSDCheckpointer(nn.Linear(2, 2)).load("") == {}
 
 
-def saved(data, **kwargs):
-    buffer = io.BytesIO()
-    torch.save(data, buffer, **kwargs)
-    return buffer.getvalue()
-
-
 WEIGHTS = {"model": {"a.weight": torch.zeros(1000)}}
-OLD = {"_use_new_zipfile_serialization": False}
 BROKEN = {
     "empty": b"",
     "truncated": saved(WEIGHTS)[:2000],
@@ -356,16 +339,6 @@ def test_broken_file_is_one_clear_error(tmp_path, kind):
         SSDCheckpointer(model).load(str(path))
     assert "weights_only" not in str(error.value), "advises to read it unsafely"
     assert same(model.state_dict(), before)
-
-
-class Hostile:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.pkl", "model.pyth", "model"])
@@ -642,9 +615,9 @@ def test_class_names_that_do_not_fit_the_file_are_not_used(tmp_path, classed, lo
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_vocs_classes_start_from_cocos(tmp_path, golden_names, log, named):
+def test_vocs_classes_start_from_cocos(tmp_path, log, named):
     """MMDetection's file with names of classes; or without: 80 are COCO's."""
-    state = mmdetections(golden_names("ssdlite"))
+    state = mmdetections()
     source = [f"class {number}" for number in range(80)]
     for coco, name in ((4, "aeroplane"), (62, "TV"), (2, "car"), (0, "person")):
         source[coco] = name

@@ -8,21 +8,19 @@ import functools
 import json
 import re
 import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 import reference
 import torch
 from detectron2.modeling import build_model
 from torchvision.models import detection
+from weights import mmdet_old_name, mmdet_shapes
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer, detectron2_fork
 from ssd.checkpoint.convert import Detector, encode, read_ours, write_as
 from ssd.config import load_config
 
-GOLDEN = Path(__file__).resolve().parents[1] / "data/golden"
 FIRST = "backbone.bottom_up.conv1_1.weight"
 CLASSES = [f"class {number}" for number in range(80)]
 
@@ -44,20 +42,11 @@ def fill(shapes):
 
 @functools.lru_cache(maxsize=None)
 def mmdet(name):
-    data = np.load(GOLDEN / f"golden_mmdet_{name}.npz")
-    shapes = [[int(n) for n in str(shape).split("x") if n] for shape in data["shapes"]]
-    return fill(dict(zip(map(str, data["names"]), shapes)))
+    return fill(mmdet_shapes(name))
 
 
 def mmdet_old(name):
-    """Checked against the names that MMDetection 2.12 has."""
-
-    def old(name):
-        pair = r"neck\.extra_layers\.(\d)\.(\d)\.conv"
-        name = re.sub(pair, lambda m: f"backbone.extra.{2 * int(m[1]) + int(m[2])}", name)
-        return re.sub(r"(_convs\.\d)\.0", r"\1", name.replace("neck.l2_norm", "backbone.l2_norm"))
-
-    return {old(name): value for name, value in mmdet(name).items()}
+    return {mmdet_old_name(name): value for name, value in mmdet(name).items()}
 
 
 @functools.lru_cache(maxsize=None)

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from protobuf import field, varint
+from weights import OLD, Hostile, saved
 
 from ssd.checkpoint.files import read_file
 
-OLD = {"_use_new_zipfile_serialization": False}
 needs_stand_ins = pytest.mark.skipif(
     not hasattr(torch.serialization, "safe_globals"), reason="torch < 2.5 takes no stand-ins"
 )
@@ -26,12 +26,6 @@ needs_stand_ins = pytest.mark.skipif(
 
 def weights():
     return {"a.weight": torch.arange(24.0).reshape(2, 3, 4), "a.count": torch.tensor(7)}
-
-
-def saved(data, **kwargs):
-    buffer = io.BytesIO()
-    torch.save(data, buffer, **kwargs)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -390,16 +384,6 @@ def hostile_names():
 @pytest.mark.parametrize("name, content", list(hostile_names()))
 def test_a_name_that_is_not_allowed_is_not_looked_up(refusal, name, content):
     assert f"holds {name}, which could run code" in refusal(content)
-
-
-class Hostile:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 HOSTILE = {

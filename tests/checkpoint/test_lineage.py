@@ -3,12 +3,12 @@
 import functools
 import re
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
 from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_large
+from weights import mmdet_shapes
 
 from ssd import model_zoo
 from ssd.checkpoint.lineage import BODY, Lineage, _scale_first_layer, heads
@@ -181,30 +181,18 @@ GOLDEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def golden(repo):
-    """MMDetection's own names and shapes."""
-
-    def read(name):
-        data = np.load(repo / f"tests/data/golden/golden_mmdet_{name}.npz")
-        shapes = [tuple(int(n) for n in str(s).split("x") if n) for s in data["shapes"]]
-        return dict(zip((str(n) for n in data["names"]), shapes))
-
-    return read
-
-
 @pytest.mark.parametrize("name", GOLDEN)
-def test_names_and_shapes_are_mmdetections(golden, name):
+def test_names_and_shapes_are_mmdetections(name):
     key, lab = GOLDEN[name]
     ours = shapes_of_lab(lab)
-    assert shapes_by_name(by_key(key).from_ours(ours)) == golden(name)
-    theirs = {n: torch.empty(s, device="meta") for n, s in golden(name).items()}
+    assert shapes_by_name(by_key(key).from_ours(ours)) == mmdet_shapes(name)
+    theirs = {n: torch.empty(s, device="meta") for n, s in mmdet_shapes(name).items()}
     assert recognise(theirs) is by_key(key)
     assert shapes_by_name(by_key(key).to_ours(theirs)) == shapes_by_name(ours)
 
 
 @pytest.mark.parametrize("name", ["ssd300", "ssd512"])
-def test_old_names_are_those_that_mmdetection_upgrades(golden, name):
+def test_old_names_are_those_that_mmdetection_upgrades(name):
     """By the rules of its tools/model_converters/upgrade_ssd_version.py."""
 
     def upgraded(name):
@@ -216,7 +204,7 @@ def test_old_names_are_those_that_mmdetection_upgrades(golden, name):
         return re.sub(r"(bbox_head\.(?:cls|reg)_convs\.\d)\.", r"\1.0.", name)
 
     old = by_key("mmdet_old").from_ours(shapes_of_lab(GOLDEN[name][1]))
-    assert {upgraded(n): tuple(x.shape) for n, x in old.items()} == golden(name)
+    assert {upgraded(n): tuple(x.shape) for n, x in old.items()} == mmdet_shapes(name)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from commands import run as run_command
 from detectron2.modeling import build_model
+from weights import mmdet_old_name, mmdet_shapes
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
@@ -48,26 +48,17 @@ def publish():
 @pytest.fixture(scope="module")
 def new_state():
     """MMDetection 3.3.0's SSD300, in its order, with small values of the right ranks."""
-    data = np.load(ROOT / "tests/data/golden/golden_mmdet_ssd300.npz")
     generator, state = torch.Generator().manual_seed(0), {}
-    for name, shape in zip(data["names"], data["shapes"]):
-        first, *others = [int(size) for size in str(shape).split("x")]
+    for name, (first, *others) in mmdet_shapes("ssd300").items():
         shape = [first, *(size if size <= 3 else 1 for size in others)]
-        state[str(name)] = torch.randn(shape, generator=generator)
+        state[name] = torch.randn(shape, generator=generator)
     return state
-
-
-def old_name(name):
-    """Of MMDetection 2.12."""
-    pair = r"neck\.extra_layers\.(\d)\.(\d)\.conv"
-    name = re.sub(pair, lambda m: f"backbone.extra.{2 * int(m[1]) + int(m[2])}", name)
-    return re.sub(r"(_convs\.\d)\.0", r"\1", name.replace("neck.l2_norm", "backbone.l2_norm"))
 
 
 @pytest.fixture(scope="module")
 def old_state(new_state):
     """The same with 2.12's names and in its order."""
-    state = {old_name(name): value for name, value in new_state.items()}
+    state = {mmdet_old_name(name): value for name, value in new_state.items()}
     order = ("backbone.features", "backbone.extra", "backbone.l2", "bbox_head.reg", "bbox_head.cls")
     return {k: x for prefix in order for k, x in state.items() if k.startswith(prefix)}
 
@@ -257,7 +248,7 @@ def test_upgrade_of_weights_alone(prefix, tmp_path, upgrade, old_state, new_stat
         state[f"bbox_head.cls_convs.{level}.bias"] = bias.flatten()
     torch.save({prefix + name: value for name, value in state.items()}, old)
     upgrade([old, new])
-    assert_equal(read(new), {name: state[old_name(name)] for name in new_state})
+    assert_equal(read(new), {name: state[mmdet_old_name(name)] for name in new_state})
 
 
 def test_upgrade_of_version_1_moves_the_background(tmp_path, upgrade, old_state, new_state, caplog):
@@ -293,7 +284,7 @@ def test_upgrade_keeps_an_optimizer_of_several_groups(tmp_path, upgrade, old_sta
     upgrade([old, new])
     (group,) = read(new)["optimizer"]["param_groups"]
     order = [name for name in read(new)["state_dict"] if name not in other]
-    assert group["params"] == [list(old_state).index(old_name(name)) for name in order]
+    assert group["params"] == [list(old_state).index(mmdet_old_name(name)) for name in order]
 
 
 def test_upgrade_refuses_what_is_not_old(tmp_path, upgrade, old_state, new_state):
