@@ -58,8 +58,16 @@ def fresh_loggers():
     for name in ("ssd", "detectron2", "fvcore"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
         logger.propagate = True
     setup_logger.cache_clear()
+
+
+@pytest.fixture
+def log(caplog):
+    """What is logged, from INFO on."""
+    caplog.set_level("INFO")
+    return caplog
 
 
 @pytest.fixture

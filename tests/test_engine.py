@@ -419,8 +419,6 @@ def test_a_static_evaluator_that_a_training_may_not_have(tiny_cfg):
 
 @pytest.mark.parametrize("has_log", [True, False])
 def test_a_script_without_loggers_sees_the_training(has_log, tiny_cfg, capsys, caplog, monkeypatch):
-    for name in ("detectron2", "ssd"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
     if not has_log:
         monkeypatch.setattr(logging.getLogger(), "handlers", [])
     train(tiny_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1))

@@ -1,6 +1,5 @@
 """Saving and loading: round trips, foreign files, files that are broken or would run code."""
 
-import logging
 import math
 import os
 import pickle
@@ -32,20 +31,6 @@ def make_model(*opts, base="ssdlite_mobilenetv2", seed=0):
     torch.manual_seed(seed)
     lite = LITE if base == "ssdlite_mobilenetv2" else []
     return build_model(load_config(str(BASES / f"{base}.yaml"), [*SMALL, *lite, *opts]))
-
-
-@pytest.fixture
-def log(caplog):
-    """The log, also where Detectron2's setup_logger has stopped propagation."""
-    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "ssd")]
-    caplog.set_level("INFO")
-    for logger in loggers:
-        logger.addHandler(caplog.handler)
-        logger.setLevel("INFO")
-    yield caplog
-    for logger in loggers:
-        logger.removeHandler(caplog.handler)
-        logger.setLevel("NOTSET")
 
 
 def copied(model):

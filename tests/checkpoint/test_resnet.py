@@ -111,12 +111,6 @@ def write(path, data):
     return path
 
 
-@pytest.fixture
-def log(caplog):
-    caplog.set_level("INFO")
-    return caplog
-
-
 IN_1X1 = ["MODEL.RESNETS.STRIDE_IN_1X1", "True"]
 
 

@@ -79,12 +79,6 @@ def timm_state(name, state):
     return result
 
 
-@pytest.fixture
-def log(caplog):
-    caplog.set_level("INFO")
-    return caplog
-
-
 def make_model(lab, *opts):
     """(config, model) of a lab, whose every parameter and buffer is NaN or -1."""
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts]

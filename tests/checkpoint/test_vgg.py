@@ -229,12 +229,6 @@ def test_torchvisions_features_for_ssd_are_scaled_by_pixel_std_alone(features_st
     assert torch.equal(result[OURS + "conv5_3.bias"], features_state["features.28.bias"])
 
 
-@pytest.fixture
-def log(caplog):
-    caplog.set_level("INFO")
-    return caplog
-
-
 def make_model(lab, *opts):
     opts = ["MODEL.DEVICE", "cpu", "MODEL.SSD.NUM_CLASSES", "1", *opts]
     cfg = load_config(model_zoo.get_config_file(lab), opts)
