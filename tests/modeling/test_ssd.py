@@ -460,9 +460,11 @@ def test_batch_norm_keys_reach_every_layer():
     assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
 
 
-@pytest.mark.parametrize("base", ["ssd300_vgg16", "ssdlite_mobilenetv2"])
-@pytest.mark.parametrize("best", ["argmax", "bipartite"])
-@pytest.mark.parametrize("normalizer", ["image", "batch", "each"])
+@pytest.mark.parametrize("base, best, normalizer", [  # each value once: nothing joins them
+    ("ssd300_vgg16", "argmax", "image"),
+    ("ssdlite_mobilenetv2", "bipartite", "batch"),
+    ("ssdlite_mobilenetv2", "argmax", "each"),
+])  # fmt: skip
 def test_losses_on_a_gpu_never_wait_for_it(base, best, normalizer, fake_gpu, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is none without a GPU
     opts = ("MODEL.SSD.MATCHING.BEST", best, "MODEL.SSD.LOSS.NORMALIZER", normalizer)
