@@ -46,21 +46,16 @@ def of_lufficc(path, state):
     torch.save({"model": state, **parts}, path)
 
 
-def of_nvidia(prefix):
-    def write(path, state):
-        state = {prefix + name: value for name, value in state.items()}
-        torch.save({"epoch": 65, "iteration": 1, "model": state, "label_map": {}}, path)
-
-    return write
+def of_nvidia(path, state):
+    state = {f"module.1.{name}": value for name, value in state.items()}
+    torch.save({"epoch": 65, "iteration": 1, "model": state, "label_map": {}}, path)
 
 
 def of_fork(path, state):
-    """Also ``.pkl``, as Detectron2's model zoo ships weights."""
+    """As Detectron2's model zoo ships weights."""
     mean, std = reference.LINEAGES["fork"].mean, (1.0, 1.0, 1.0)
     state = {"pixel_mean": torch.tensor(mean)[:, None, None], **state}
     state["pixel_std"] = torch.tensor(std)[:, None, None]
-    if path.suffix == ".pth":
-        return torch.save({"model": state, "iteration": 239999}, path)
     arrays = {name: value.numpy() for name, value in state.items()}
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}))
 
@@ -117,9 +112,8 @@ OF_FORK = (
     "MODEL.SSD.DEFAULT_BOXES.MAX_SIZE 537.6 MODEL.SSD.BBOX_REG_CLAMP upper "
     "MODEL.SSD.SCORE_THRESH_TEST 0.02 MODEL.SSD.TOPK_CANDIDATES_TEST 24564 "
     "TEST.DETECTIONS_PER_IMAGE 100 MODEL.VGG.LATE_POOL True "
+    "MODEL.PIXEL_MEAN [123.675,116.28,103.53]"
 )
-FORK_RGB = OF_FORK + "MODEL.PIXEL_MEAN [123.675,116.28,103.53] "
-FORK_BGR = OF_FORK + "INPUT.FORMAT BGR MODEL.PIXEL_MEAN [103.53,116.28,123.675] "
 
 CASES = {
     "mmdet": Case("mmdet", MMDET, of_mmdet("2.14.0")),
@@ -131,7 +125,6 @@ CASES = {
         "caffe_coco", "ssd_vgg16_size300_expand_aug", of_caffe(old=True), suffix=".caffemodel"
     ),
     "amdegroot": Case("amdegroot", VOC, opts=CLIPPED + NO_LIMIT),
-    "amdegroot-bgr": Case("amdegroot", VOC, opts=CLIPPED + NO_LIMIT + BGR),
     "lufficc-vgg": Case(
         "lufficc_vgg", VOC, of_lufficc,
         CLIPPED + "MODEL.SSD.TOPK_CANDIDATES_TEST 8732 TEST.DETECTIONS_PER_IMAGE 100",
@@ -143,11 +136,8 @@ CASES = {
     "qfgaohao-vgg": Case("qfgaohao_vgg", "ssd_vgg16_size300_qfgaohao"),
     "qfgaohao-mobilenetv1": Case("qfgaohao_v1", "ssd_mobilenetv1_size300_voc0712"),
     "qfgaohao-mobilenetv2": Case("qfgaohao_v2", "ssdlite_mobilenetv2_size300_voc0712"),
-    "nvidia": Case("nvidia", NVIDIA, of_nvidia("")),
-    "nvidia-prefix": Case("nvidia", NVIDIA, of_nvidia("module.1.")),
-    "fork": Case("fork", FORK, of_fork, FORK_RGB),
-    "fork-bgr": Case("fork", FORK, of_fork, FORK_BGR),
-    "fork-pkl": Case("fork", FORK, of_fork, FORK_RGB, ".pkl"),
+    "nvidia": Case("nvidia", NVIDIA, of_nvidia),
+    "fork": Case("fork", FORK, of_fork, OF_FORK, ".pkl"),
 }  # fmt: skip
 
 
