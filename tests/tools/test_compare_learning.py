@@ -1,13 +1,13 @@
 """The side-by-side training with torchvision, for two iterations on BCCD."""
 
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
 
+import compare_learning as tool
 import pytest
-from commands import run, start
+from commands import run
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,24 +46,26 @@ def test_contenders_start_alike(results):
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
-def test_runs_of_other_lengths_are_not_mixed(results, bccd, tmp_path):
+def test_runs_of_other_lengths_are_not_mixed(results, tmp_path, monkeypatch, capsys):
     shutil.copytree(results, tmp_path / "runs")
     result = json.loads((results / "ours_3.json").read_text())
     result["evaluations"][0]["iteration"] = 1
     (tmp_path / "runs" / "ours_4.json").write_text(json.dumps(result))
-    for arguments, message in (
-        (["--plot", str(tmp_path / "x.png")], "ours's runs were evaluated at different"),
-        ("--contenders ours --seeds 4 --iterations 2".split(), "is of 1 iterations, not 2"),
-    ):
-        done = start(TOOL, "--output", tmp_path / "runs", *arguments, DETECTRON2_DATASETS=bccd)
-        assert done.returncode and message in done.stderr
+    command = [TOOL, "--output", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", [*command, "--plot", str(tmp_path / "x.png")])
+    with pytest.raises(ValueError, match="ours's runs were evaluated at different"):
+        tool.main()
+    arguments = "--contenders ours --seeds 4 --iterations 2".split()
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "is of 1 iterations, not 2" in capsys.readouterr().err
 
 
 def test_runs_that_are_there_are_plotted(results, tmp_path, monkeypatch, capsys):
     arguments = ["--output", str(results), "--plot", str(tmp_path / "learning.png")]
     monkeypatch.setattr(sys, "argv", [TOOL, *arguments])
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    runpy.run_path(TOOL, run_name="__main__")
+    tool.main()
     text = capsys.readouterr().out
     assert "torchvision, its recipe: AP50" in text and "ours, torchvision's recipe: AP50" in text
     assert "ours, own recipe" not in text

@@ -4,7 +4,7 @@ import runpy
 import sys
 
 import list_checkpoints as tables
-from commands import start
+import pytest
 
 from ssd.checkpoint.published import PUBLISHED
 from ssd.checkpoint.recognition import BACKBONES, DETECTORS
@@ -36,8 +36,8 @@ def test_what_changes_is_said():
 def test_a_missing_table_is_an_error(repo, tmp_path, monkeypatch):
     page, tool = tmp_path / "page.md", str(repo / "tools/list_checkpoints.py")
     page.write_text("nothing")
-    result = start(tool, "--check", page)
-    assert result.returncode == 1 and result.stderr.endswith("doesn't hold 3 of these tables\n")
-
+    monkeypatch.setattr(sys, "argv", [tool, "--check", str(page)])
+    with pytest.raises(SystemExit, match="doesn't hold 3 of these tables$"):
+        runpy.run_path(tool, run_name="__main__")
     monkeypatch.setattr(sys, "argv", [tool, "--check", str(repo / "docs/checkpoints.md")])
     runpy.run_path(tool, run_name="__main__")  # no SystemExit
