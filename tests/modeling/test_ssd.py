@@ -125,8 +125,10 @@ def test_steps_beside_the_input(caplog):
         make_model(*"MODEL.SSD.DEFAULT_BOXES.STEPS [16,16,32,48]".split())
 
 
-@pytest.mark.parametrize("base", ["ssd300_vgg16", "ssdlite_mobilenetv2"])
-@pytest.mark.parametrize("num_classes", [1, 3, 80])
+@pytest.mark.parametrize("base, num_classes", [
+    ("ssd300_vgg16", 1),
+    *(("ssdlite_mobilenetv2", number) for number in (1, 3, 80)),
+])  # fmt: skip
 def test_training_step_of_any_number_of_classes(base, num_classes):
     model = make_model("MODEL.SSD.NUM_CLASSES", str(num_classes), base=base)
     losses = model(batch(num_classes - 1))
