@@ -167,6 +167,8 @@ def main() -> int:
     start = time.time()
     rows = compute(arguments.only)
     found = sum(rows.values(), [])
+    if not found:
+        parser.error(f"--only {arguments.only!r} fits no lab")
     if arguments.only:
         print(table(found))
     else:

@@ -347,6 +347,30 @@ def test_cases_of_the_arguments():
     assert "torchvision fp32" not in names and "matmul bf16" in names
 
 
+def test_another_checkout_is_not_mixed_with_an_installed_one(tmp_path):
+    (tmp_path / "old/ssd").mkdir(parents=True)
+    (tmp_path / "old/ssd/__init__.py").touch()
+    (tmp_path / "finder.py").write_text(  # as setuptools' for an editable install
+        "import importlib.util\n"
+        "class Finder:\n"
+        "    __module__ = '__editable___ssd_1_finder'\n"
+        "    def find_spec(name, *_):\n"
+        f"        path = {str(ROOT)!r} + '/' + name.replace('.', '/') + '.py'\n"
+        "        return importlib.util.spec_from_file_location(name, path)\n"
+        "    find_spec = staticmethod(find_spec)\n"
+    )
+    (tmp_path / "look.py").write_text(
+        "import importlib.util, sys\n"
+        "from benchmarks import worker\n"
+        "from finder import Finder\n"
+        "sys.meta_path.append(Finder)\n"
+        "worker.set_up(1, sys.argv[1])\n"
+        "print(importlib.util.find_spec('ssd.memory'))\n"
+    )
+    environment = {"PYTHONPATH": ROOT / "tools"}
+    assert run(tmp_path / "look.py", tmp_path / "old", **environment) == "None\n"
+
+
 def test_a_task_without_contenders_is_left_out(capsys):
     args = benchmark.parse("--tasks losses --models tiny --contenders torchvision".split())
     assert not list(benchmark.cases(args))

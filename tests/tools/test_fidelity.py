@@ -66,6 +66,10 @@ def test_only_prints_the_labs_that_match(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert fidelity.keys_in("\n".join(lines)) == [("quickstart", "own model", "default boxes")]
     assert lines[-1] == "1 of 1 rows are equal within their tolerance"
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", "--only", "quikstart"])
+    with pytest.raises(SystemExit):
+        fidelity.main()
+    assert "--only 'quikstart' fits no lab" in capsys.readouterr().err
 
 
 # --- A difference is seen ----------------------------------------------------------------------

@@ -37,6 +37,11 @@ def set_up(threads: int, code: str = "") -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     tools = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path[:0] = [code or os.path.dirname(tools), tools]
+    if code:  # an installed ssd would serve the modules that the other checkout lacks
+        editable = "__editable___ssd"
+        sys.meta_path[:] = [
+            x for x in sys.meta_path if not getattr(x, "__module__", "").startswith(editable)
+        ]
     multiprocessing.set_start_method(None, force=True)  # of loaders: the platform's, not ours
     import logging
 
