@@ -11,12 +11,13 @@ import difflib
 import logging
 import os
 import re
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 __all__ = ["add_ssd_config", "load_config"]
@@ -276,13 +277,18 @@ def load_config(config_file: str, opts: Sequence[str] = (), cfg: Optional[CN] = 
 
     cfg = read_config(config_file, opts, cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning(f"No GPU: MODEL.DEVICE is cpu, not {cfg.MODEL.DEVICE}")
+        _warn(f"No GPU: MODEL.DEVICE is cpu, not {cfg.MODEL.DEVICE}")
         cfg.MODEL.DEVICE = "cpu"
-    if _is_ssd(cfg.MODEL.META_ARCHITECTURE):
-        _warn_of_keys_without_effect(cfg)
+    if _is_ssd(cfg.MODEL.META_ARCHITECTURE) and (keys := _keys_without_effect(cfg)):
+        _warn(f"Without effect on an SSD and its own loaders: {', '.join(keys)}")
     register_datasets(cfg)
     cfg.freeze()
     return cfg
+
+
+def _warn(text: str) -> None:
+    if comm.is_main_process():
+        logging.getLogger(__name__).warning(text)
 
 
 # Detectron2's keys, or groups of them, that SSD, its mapper and its loaders don't read.
@@ -308,21 +314,17 @@ def _is_ssd(name: str) -> bool:
     return isinstance(found, type) and issubclass(found, ssd)  # or a function
 
 
-def _warn_of_keys_without_effect(cfg: CN) -> None:
+def _keys_without_effect(cfg: CN) -> List[str]:
     found, unread = _flat(cfg), _WITHOUT_EFFECT
     if re.match("build_(vgg|mobilenet|regnet)", cfg.MODEL.SSD.BOTTOM_UP):
         unread = (*unread, *_OF_RESNETS)
-    keys = [
+    return [
         key
         for key, value in _flat(get_cfg()).items()
         if any(f"{key}.".startswith(f"{x}.") for x in unread)
         and not isinstance(value, CN)
         and found[key] != value
     ]
-    if keys:
-        logging.getLogger(__name__).warning(
-            "Without effect on an SSD and its own loaders: %s", ", ".join(keys)
-        )
 
 
 def read_config(config_file: str, opts: Sequence[str] = (), cfg: Optional[CN] = None) -> CN:

@@ -368,7 +368,8 @@ class GracefulStop(HookBase):
 
     def _note(self, number: int, frame) -> None:
         if not self._signal:
-            self._signal, self._since = number, time.monotonic()
+            self._signal = number  # first: another one may come in between
+            self._since = time.monotonic()
             logger.warning("Stopping after this iteration; once more to stop at once")
         elif time.monotonic() - self._since > self.ONE_SIGNAL:
             self._restore()

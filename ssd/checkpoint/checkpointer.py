@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
 from ssd.checkpoint.classes import (
     carry_rows,
@@ -83,6 +84,22 @@ class SSDCheckpointer(DetectionCheckpointer):
         self._path = path
         self._parsed_url_during_load = None  # Detectron2 leaves it behind when a load fails
         return super().load(path, checkpointables)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """See fvcore's :class:`Checkpointer`.
+
+        Raises:
+            ValueError: of several processes some would go on from another checkpoint, as where
+                machines have folders of their own.
+        """
+        if resume:
+            found = self.has_checkpoint() and os.path.basename(self.get_checkpoint_file())
+            if len(names := set(comm.all_gather(found or "none"))) > 1:
+                raise ValueError(
+                    f"--resume: in {self.save_dir} the processes find different checkpoints, "
+                    f"{', '.join(sorted(names))}; copy the folder to all machines"
+                )
+        return super().resume_or_load(path, resume=resume)
 
     def save(self, name: str, tag: bool = True, **extra) -> None:
         """Writes ``NAME.pth`` beside, then renames it: an error leaves the earlier file whole.

@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
+from trainers import in_two_processes
 from weights import OLD, Hostile, mmdet_shapes, saved
 
 from ssd.checkpoint import SSDCheckpointer, vgg
@@ -90,6 +91,22 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         checkpointer.save("model_0000002")
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     assert set(os.listdir(tmp_path)) == {"model_0000001.pth", "last_checkpoint"}
+
+
+def test_resuming_where_one_process_has_no_checkpoint(tmp_path):
+    """As on two machines without a common folder; the second would begin with other weights."""
+
+    def resume(rank):
+        folder = tmp_path / f"machine{rank}"
+        folder.mkdir(exist_ok=True)
+        checkpointer = SSDCheckpointer(make_model(), str(folder))
+        if rank == 0:
+            checkpointer.save("model_0000004", iteration=4)
+        with pytest.raises(ValueError, match="different checkpoints, model_0000004.pth, none;"):
+            checkpointer.resume_or_load("", resume=True)
+        checkpointer.resume_or_load("", resume=False)
+
+    in_two_processes(resume, tmp_path)
 
 
 def test_resuming_another_model_is_an_error(tmp_path):
