@@ -288,7 +288,7 @@ class Trainer(DefaultTrainer):
 
         if not isinstance(model, SSD):
             keys = {
-                "VIS_PERIOD": cfg.VIS_PERIOD > 0,
+                "VIS_PERIOD": cfg.VIS_PERIOD > 0 and not hasattr(model, "input_format"),
                 "TEST.LOSS_PERIOD": test.LOSS_PERIOD and not self._overrides("test_losses"),
                 "TEST.AUG.ENABLED": test.AUG.ENABLED and not self._overrides("test_with_TTA"),
             }

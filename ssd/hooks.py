@@ -2,7 +2,6 @@
 checkpoint, early stopping, pictures, Weights & Biases, a stop that loses nothing."""
 
 import copy
-import itertools
 import json
 import logging
 import math
@@ -10,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional
 
 import numpy as np
 import torch
@@ -77,8 +76,10 @@ class WeightAverage(HookBase):
     @torch.no_grad()
     def after_step(self) -> None:
         decay = min(self._decay, (1 + self._count) / (10 + self._count))
-        values = dict(_tensors(self._trained))
-        for name, average in _tensors(self.model):
+        values = self._trained.state_dict()
+        # each once, also if it stands in several places
+        averages = {id(x): (k, x) for k, x in self.model.state_dict(keep_vars=True).items()}
+        for name, average in averages.values():
             if average.is_floating_point():
                 average.lerp_(values[name], 1 - decay)
             else:
@@ -90,11 +91,6 @@ class WeightAverage(HookBase):
 
     def load_state_dict(self, state_dict: Dict) -> None:
         self._count = state_dict["count"]
-
-
-def _tensors(model: torch.nn.Module) -> Iterator[Tuple[str, torch.Tensor]]:
-    """Parameters and buffers with their names: each once, also if it stands in several places."""
-    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 class BestCheckpoint(HookBase):
@@ -165,7 +161,7 @@ def validation_losses(model: SSD, loader: Iterable[List[Dict]]) -> Dict[str, flo
         what :meth:`SSD.losses` gives, ``loss_cls`` and ``loss_box_reg``, and ``total_loss``; 0 each
         without images.
     """
-    sums = dict.fromkeys(("loss_cls", "loss_box_reg", "divisor"), 0.0)
+    sums = {"divisor": 0.0}
     with inference_context(model), torch.no_grad():
         for batch in loader:
             features = model.backbone(model.preprocess_image(batch).tensor)
@@ -178,7 +174,7 @@ def validation_losses(model: SSD, loader: Iterable[List[Dict]]) -> Dict[str, flo
                 sums[name] = sums.get(name, 0.0) + value.double().sum()
     parts = comm.all_gather({name: float(value) for name, value in sums.items()})
     divisor = max(1.0, sum(part.pop("divisor") for part in parts))
-    names = dict.fromkeys(name for part in parts for name in part)
+    names = dict.fromkeys(name for part in parts for name in part) or ("loss_cls", "loss_box_reg")
     values = {name: sum(part.get(name, 0.0) for part in parts) / divisor for name in names}
     return {**values, "total_loss": sum(values.values())}
 
@@ -368,8 +364,7 @@ class GracefulStop(HookBase):
 
     def _note(self, number: int, frame) -> None:
         if not self._signal:
-            self._signal = number  # first: another one may come in between
-            self._since = time.monotonic()
+            self._since, self._signal = time.monotonic(), number
             logger.warning("Stopping after this iteration; once more to stop at once")
         elif time.monotonic() - self._since > self.ONE_SIGNAL:
             self._restore()

@@ -20,6 +20,7 @@ from ssd.modeling.postprocessing import never_waits
 __all__ = ["compile_network", "fold_batch_norm", "optimize"]
 
 logger = logging.getLogger(__name__)
+_AS_IT_IS = "it runs as it is, without TEST.DTYPE, MODEL.COMPILE, TEST.CUDA_GRAPH"
 
 
 def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
@@ -55,12 +56,12 @@ def optimize(model: nn.Module, cfg: CfgNode) -> nn.Module:
     if not (cfg.MODEL.COMPILE or dtype or graph or any(_normed_convolutions(model))):
         return model
     if any(module._forward_hooks for module in model.modules()):
-        logger.warning("Forward hooks may be tied to this model: evaluated as it is, not optimised")
+        logger.warning(f"Forward hooks may be tied to this model: {_AS_IT_IS}")
         return model
     try:
         model = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:  # what a backbone holds, as tensors with gradients
-        logger.warning(f"The model can't be copied: evaluated as it is, not optimised ({error})")
+        logger.warning(f"The model can't be copied: {_AS_IT_IS} ({error})")
         return model
     fold_batch_norm(model)
     if dtype:

@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -697,6 +698,18 @@ def test_averages_computed_by_hand():
     assert resumed.model.weight.item() == pytest.approx(10, abs=1e-5)
 
 
+def test_buffers_that_are_not_saved_are_not_averaged():
+    """As those of one's own backbone that hold -inf, or depend on the batch."""
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer("mask", torch.tensor(-math.inf), persistent=False)
+    average = WeightAverage(model, decay=0.2)
+    model.register_buffer("made_later", torch.zeros(3), persistent=False)
+    average.model.register_buffer("made_in_evaluation", torch.zeros(3), persistent=False)
+    average.before_train()
+    average.after_step()
+    assert average.model.mask == -math.inf
+
+
 def test_what_stands_in_two_places_is_averaged_once():
     shared = torch.nn.BatchNorm1d(1)
     model = torch.nn.Sequential(shared, shared)
@@ -723,7 +736,12 @@ def test_what_only_an_ssd_can_do_is_refused_before_the_training(tiny_cfg, key, v
         def build_model(cls, cfg):
             return Wrapper(cfg)
 
+    class OwnLosses(OwnTrainer):
+        def test_losses(self, *_):
+            return {}
+
     OwnTrainer(tiny_cfg())
+    OwnLosses(tiny_cfg("TEST.LOSS_PERIOD", 2))
     with pytest.raises(ValueError, match=f"{key}: only for an SSD, not Wrapper"):
         OwnTrainer(tiny_cfg(key, value))
 

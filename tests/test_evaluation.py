@@ -334,6 +334,9 @@ def test_images_that_were_not_evaluated_are_told(tmp_path, caplog):
         assert results["AP"] == pytest.approx(100 if not told else 50.495, abs=0.01)
         text = "1 of the annotations' 2 images were evaluated: the objects of the others count"
         assert (text in caplog.text) == told
+    caplog.clear()
+    detect(evaluator, [[(A, 0, 0.9)]], img_ids=[0])  # as was asked for
+    assert "were evaluated" not in caplog.text
 
 
 def test_coco_ignores_difficult(tmp_path):

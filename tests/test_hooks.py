@@ -74,15 +74,17 @@ def test_validation_losses_are_those_of_one_batch_of_all_images(tiny_cfg, normal
     assert set(validation_losses(model, []).values()) == {0.0}
 
 
-def test_validation_losses_hold_those_of_a_subclass(tiny_cfg):
+@pytest.mark.parametrize("normalizer", ["batch", "each"])
+def test_validation_losses_are_those_of_a_subclass(tiny_cfg, normalizer):
     class OwnSSD(SSD):
         def losses(self, predictions, gt_instances):
             losses, divisor = super().losses(predictions, gt_instances)
-            return {**losses, "loss_own": 3 * losses["loss_cls"]}, divisor
+            return {"loss_own": 3 * losses["loss_box_reg"], **losses}, divisor
 
-    found = validation_losses(OwnSSD(tiny_cfg()), [batch(3)])
-    assert found["loss_own"] == pytest.approx(3 * found["loss_cls"])
-    assert found["total_loss"] == pytest.approx(4 * found["loss_cls"] + found["loss_box_reg"])
+    found = validation_losses(OwnSSD(tiny_cfg("MODEL.SSD.LOSS.NORMALIZER", normalizer)), [batch(3)])
+    assert list(found) == ["loss_own", "loss_cls", "loss_box_reg", "total_loss"]
+    assert found["loss_own"] == pytest.approx(3 * found["loss_box_reg"])
+    assert found["total_loss"] == pytest.approx(found["loss_cls"] + 4 * found["loss_box_reg"])
 
 
 def test_losses_and_pictures_are_written_and_change_nothing(tiny_cfg, tmp_path, assert_equal):

@@ -426,10 +426,14 @@ def test_nms_without_waiting_tells_what_is_not_settled():
     assert kept[1, :5].tolist() == [True, False, True, False, True]
 
 
-def test_detections_of_bfloat16_are_computed_in_float32():
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+def test_detections_of_bfloat16_are_computed_in_float32(function):
     logits, deltas, boxes = random_predictions()
     logits, deltas = logits.bfloat16(), deltas.bfloat16()
-    few, full = run_detect(logits, deltas, boxes), run_detect(logits.float(), deltas.float(), boxes)
+    few, full = (
+        run_detect(logits.to(x), deltas.to(x), boxes, score_function=function)
+        for x in (torch.bfloat16, torch.float32)
+    )
     for actual, expected in zip(few, full):
         assert len(actual) == len(expected) > 5 and actual.scores.dtype == torch.float32
         assert torch.equal(actual.scores, expected.scores)

@@ -55,9 +55,10 @@ class BackboneWithACache(BackboneOfAUser):
 
     def forward(self, x):
         (x,) = super().forward(x).values()
-        if x.shape not in self.rows:
-            self.rows[x.shape] = torch.arange(x.shape[2], device=x.device)[:, None]
-        return {"map": x + self.rows[x.shape]}
+        rows = x.shape[2]
+        if rows not in self.rows:
+            self.rows[rows] = torch.arange(rows, device=x.device)[:, None]
+        return {"map": x + self.rows[rows]}
 
 
 def make_config(*opts, base="ssdlite_mobilenetv2"):
