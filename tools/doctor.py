@@ -178,8 +178,13 @@ def write_copy(data, leaked, args, report):
         json.dump(content, f)
     images, annotations = content["images"], content["annotations"]
     print(f"{args.fix}: {data.name} with {len(images)} images and {len(annotations)} boxes")
-    for line in changes:
+    for line in changes[:100]:
         print(f"  {line}")
+    if len(changes) > 100:
+        path = f"{args.fix}.changes.txt"
+        with open(path, "w", encoding="utf-8") as f:
+            f.writelines(f"{line}\n" for line in changes)
+        print(f"  … and {len(changes) - 100} more: all are in {path}")
     if not changes:
         print("  nothing had to be changed")
     root, folder = os.path.split(os.path.abspath(data.root))

@@ -85,6 +85,24 @@ def register_datasets(cfg: CfgNode) -> None:
         _registered[name] = entry
 
 
+def check_names(cfg: CfgNode, is_train: bool = True) -> None:
+    """Raises ValueError for a data set of DATASETS.TRAIN, if ``is_train``, or TEST that isn't
+    registered."""
+    for key in ("TRAIN", "TEST") if is_train else ("TEST",):
+        for name in cfg.DATASETS[key]:
+            if name in DatasetCatalog:
+                continue
+            if name in cfg.DATASETS.REGISTER:
+                raise ValueError(
+                    f"DATASETS.{key}: {name!r} of DATASETS.REGISTER isn't registered; "
+                    "ssd.load_config does so, or register_datasets of ssd.data.datasets"
+                )
+            raise ValueError(
+                f"DATASETS.{key}: data set {name!r} is neither in DATASETS.REGISTER nor known "
+                f"to Detectron2{_hint(name, DatasetCatalog.list())}"
+            )
+
+
 def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
     """Checks that all data sets of DATASETS.TRAIN and TEST have the model's classes.
 
@@ -95,22 +113,13 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
         ValueError: for an unknown data set, one whose class count isn't MODEL.SSD.NUM_CLASSES,
             or classes that differ in name or order between the data sets.
     """
+    check_names(cfg, is_train)
     first = None
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             metadata = MetadataCatalog.get(name)
             if key == "TRAIN" and not is_train and metadata.get("thing_classes") is None:
                 continue
-            if name not in DatasetCatalog and name in cfg.DATASETS.REGISTER:
-                raise ValueError(
-                    f"DATASETS.{key}: {name!r} of DATASETS.REGISTER isn't registered; "
-                    "ssd.load_config does so, or register_datasets of ssd.data.datasets"
-                )
-            if name not in DatasetCatalog:
-                raise ValueError(
-                    f"DATASETS.{key}: data set {name!r} is neither in DATASETS.REGISTER nor known "
-                    f"to Detectron2{_hint(name, DatasetCatalog.list())}"
-                )
             if metadata.get("thing_classes") is None:
                 DatasetCatalog.get(name)
             if metadata.get("thing_classes") is None:
@@ -131,10 +140,11 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
                     f"{cfg.MODEL.SSD.NUM_CLASSES}; change this key or {where}"
                 )
             first = first or (name, classes)
-            if classes != first[1]:
+            if wrong := [i for i, both in enumerate(zip(classes, first[1])) if len(set(both)) > 1]:
                 raise ValueError(
-                    f"the classes of data set {name!r}, {classes}, aren't those of {first[0]!r}, "
-                    f"{first[1]}: names and order must agree ({where})"
+                    f"{len(wrong)} of the classes of data set {name!r} aren't those of "
+                    f"{first[0]!r}, as class {wrong[0]}, {classes[wrong[0]]!r} and not "
+                    f"{first[1][wrong[0]]!r}: names and order must agree ({where})"
                 )
 
 
@@ -160,7 +170,8 @@ def _without_defects(name: str) -> list[dict]:
     records = read_every_box(name)
     defects = find_box_defects(records, MetadataCatalog.get(name).thing_classes)
     if defects:
-        logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects))
+        more = [f"… and {len(defects) - 20} more"] if len(defects) > 20 else []
+        logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects[:20] + more))
     for record in records:
         boxes = xyxy_boxes(record["annotations"]).tolist()
         record["annotations"] = [

@@ -23,7 +23,7 @@ from detectron2.utils import comm
 
 from ssd.data.batch import Batch
 from ssd.data.boxes import find_box_defects
-from ssd.data.datasets import check_class_count
+from ssd.data.datasets import check_class_count, check_names
 from ssd.data.files import datasets_folder_text
 from ssd.data.mapper import SSDDatasetMapper
 from ssd.memory import keep_freed_memory
@@ -145,7 +145,8 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
             "DATALOADER.SAMPLER_TRAIN: only 'TrainingSampler' (shuffled epochs) is supported, got "
             f"{cfg.DATALOADER.SAMPLER_TRAIN!r}"
         )
-    check_class_count(cfg)
+    check_names(cfg)
+    check_class_count(cfg, is_train=False)  # what is known before the data sets are read
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; a lab's --config-file names its data sets")
     try:
@@ -155,12 +156,24 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
             )
     except AssertionError as error:  # no image in one of them, or an invalid category_id
         raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error}") from None
+    except ValueError:
+        check_class_count(cfg)  # which says more about classes that don't agree
+        raise
+    check_class_count(cfg)
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
     defects = find_box_defects(dataset, classes)
     for line in defects[:20]:
         logger.warning("Left out of training: %s", line)
     if len(defects) > 20:
         logger.warning("… and %d more defective boxes", len(defects) - 20)
+    if mapper is None:  # ours doesn't read the masks, which make up four fifths of COCO
+        keys = ("bbox", "bbox_mode", "category_id", "iscrowd")
+        dataset = [
+            {**record, "annotations": [
+                {key: x[key] for key in keys if key in x} for x in record.get("annotations", [])
+            ]}
+            for record in dataset
+        ]  # fmt: skip
 
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = RunSampler(cfg.SOLVER.IMS_PER_BATCH)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
@@ -154,6 +154,47 @@ def test_images_of_unknown_size(tiny_cfg, register, datasets_folder):
     cfg = tiny_cfg("DATASETS.TRAIN", (name,), "DATASETS.TEST", (), *PLAIN_CHAIN)
     for sample in next(iter(build_train_loader(cfg))):
         assert sample["image"].shape == (3, 96, 96) and len(sample["instances"]) == 1
+
+
+def one_object(**more):
+    """A record of a data set."""
+    annotation = {"bbox": [5, 5, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    return {"file_name": "a.jpg", "annotations": [{**annotation, **more}]}
+
+
+def test_a_training_set_is_read_once_and_without_its_masks(tiny_cfg, register):
+    record, reads = one_object(segmentation=[[5, 5, 9, 5, 9, 9]]), []
+    name = register([record], CLASSES)
+    read = DatasetCatalog.pop(name)
+    del MetadataCatalog.get(name).thing_classes  # as of a COCO file, until it is read
+
+    def count():
+        reads.append(name)
+        MetadataCatalog.get(name).thing_classes = CLASSES
+        return read()
+
+    DatasetCatalog.register(name, count)
+    cfg = tiny_cfg("DATASETS.TRAIN", (name,), "DATASETS.TEST", ())
+    seen = build_train_loader(cfg).dataset._dataset[0]["annotations"][0]
+    assert reads == [name] and "segmentation" not in seen and "segmentation" in str(record)
+    own = build_train_loader(cfg, lambda x: x).dataset._dataset[0]["annotations"][0]
+    assert "segmentation" in own
+
+
+def test_training_sets_of_other_classes_are_told_by_name(tiny_cfg, register):
+    names = [register([one_object()], classes) for classes in (CLASSES, CLASSES[::-1])]
+    metadata = MetadataCatalog.get(names[1])
+    del metadata.thing_classes
+    read = DatasetCatalog.pop(names[1])
+
+    def late():
+        metadata.thing_classes = CLASSES[::-1]
+        return read()
+
+    DatasetCatalog.register(names[1], late)
+    message = f"6 of the classes of data set '{names[1]}' .* as class 0, '{CLASSES[-1]}' and not"
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(tiny_cfg("DATASETS.TRAIN", tuple(names), "DATASETS.TEST", ()))
 
 
 @pytest.mark.parametrize("key, value, message", [

@@ -116,6 +116,11 @@ def test_yolo_box_defects_are_dropped_and_logged(tmp_path, caplog):
     assert "t_yolo: dropped 2 boxes" in caplog.text
     assert "a.jpg: object 0 (cat) has zero width" in caplog.text
     assert "a.jpg: object 2 (dog) lies outside the image of 40x30" in caplog.text
+    caplog.clear()
+    write_yolo(tmp_path / "y", {"a.jpg": ["0 .5 .5 0 .1"] * 23 + boxes})
+    DatasetCatalog.get("t_yolo")
+    assert "dropped 25 boxes" in caplog.text and "object 19" in caplog.text
+    assert "object 20" not in caplog.text and "… and 5 more" in caplog.text
 
 
 def test_yolo_names_every_defective_line_and_image(tmp_path):

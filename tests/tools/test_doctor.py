@@ -466,6 +466,17 @@ def test_fix_keeps_areas_and_categories(lab):
     assert labels == [a["category_id"] for a in lab.train["annotations"]]
 
 
+def test_fix_with_very_many_changes(lab):
+    lab.train["annotations"] += [
+        {**lab.objects(0)[0], "id": 1000 + i, "bbox": [5, 5, 0, 9 + i]} for i in range(130)
+    ]
+    out = lab.folder / "cleaned.json"
+    text = lab.check(fix=str(out))
+    assert f"… and 30 more: all are in {out}.changes.txt" in text
+    assert len((lab.folder / "cleaned.json.changes.txt").read_text().splitlines()) == 130
+    assert text.count("left out") == 100 and "use it in DATASETS.REGISTER" in text
+
+
 def test_fix_keeps_what_training_sees(lab):
     """A crowd in front of an object doesn't take its place, an infinite box isn't clipped."""
     real, endless = lab.objects(0)[0], lab.objects(1)[0]

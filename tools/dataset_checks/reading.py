@@ -120,7 +120,7 @@ def read_dataset(name: str, entry: dict) -> Tuple[DataSet, List[Finding]]:
         findings.append(Finding("ERROR", text, advice="Training stops with this error."))
     json_file = metadata.get("json_file")
     if json_file and os.path.isfile(json_file):
-        root = metadata.image_root
+        root, records = metadata.image_root, []  # frees them before the file is read again
         try:
             records, classes, problems, changes = read_coco(
                 json_file, root, entry.get("KEEP_IDS", False)
