@@ -157,7 +157,7 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
     except AssertionError as error:  # no image in one of them, or an invalid category_id
         raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error}") from None
     except ValueError:
-        check_class_count(cfg)  # which says more about classes that don't agree
+        check_class_count(cfg, is_train=False)  # which says more about classes that don't agree
         raise
     check_class_count(cfg)
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
