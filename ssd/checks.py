@@ -55,7 +55,6 @@ def check_model(cfg) -> None:
         ("LOSS.NORMALIZER", ssd.LOSS.NORMALIZER, ("image", "batch", "each")),
         ("HEAD", ssd.HEAD, ("conv", "lite", "lite_last_1x1")),
         ("SCORE_FUNCTION", ssd.SCORE_FUNCTION, ("softmax", "sigmoid")),
-        ("TOPK_PER", ssd.TOPK_PER, ("level", "class")),
         ("CLIP_TEST", ssd.CLIP_TEST, ("before_nms", "after_nms")),
         ("BBOX_REG_CLAMP", ssd.BBOX_REG_CLAMP, ("both", "upper", "none")),
     ):

@@ -166,7 +166,7 @@ def build_train_loader(cfg, mapper: Optional[Callable] = None) -> torch.utils.da
         logger.warning("Left out of training: %s", line)
     if len(defects) > 20:
         logger.warning("… and %d more defective boxes", len(defects) - 20)
-    if mapper is None:  # ours doesn't read the masks, which make up four fifths of COCO
+    if mapper is None:  # ours doesn't read masks, which need more memory than all else
         keys = ("bbox", "bbox_mode", "category_id", "iscrowd")
         dataset = [
             {**record, "annotations": [
