@@ -84,7 +84,7 @@ def cases(args) -> Iterator[Case]:
         if not names:
             print(f"{task}: none of --contenders takes part", file=sys.stderr)
             continue
-        dtypes = args.dtypes if task in (*NETWORK_TASKS, "losses") else [""]
+        dtypes = args.dtypes if task in (*NETWORK_TASKS, *OUTPUT_TASKS) else [""]
         contenders = {reporting.label(x, d): (x, d) for d in dtypes for x in names}
         if task in NETWORK_TASKS:
             contenders |= {reporting.label("matmul", d): ("matmul", d) for d in dtypes}

@@ -157,7 +157,7 @@ def worst_case_maps(maps: Sequence[Sequence[Tensor]], num_classes: int) -> List[
     flat = worst_case(sum(boxes_per_level), num_classes, len(maps[1][0]))
     return [
         [
-            part.reshape(len(part), *x.shape[-2:], -1).permute(0, 3, 1, 2).to(x.device)
+            part.reshape(len(part), *x.shape[-2:], -1).permute(0, 3, 1, 2).to(x)
             for part, x in zip(values.split(boxes_per_level, dim=1), levels)
         ]
         for values, levels in zip(flat, maps)

@@ -73,7 +73,7 @@ def case_limit(result: Dict, report: Dict, name: str) -> Optional[Dict]:
     if "copy" not in rates:
         return None
     if task in ("postprocess", "losses"):
-        seconds = outputs_limit(model, rates, dtype or "fp32", result["batch_size"])
+        seconds = outputs_limit(model, rates, dtype, result["batch_size"])
         return {"seconds": seconds * (2 if task == "losses" else 1), "by": "copy"}  # gradients, too
     if dtype not in rates:
         return None
@@ -148,9 +148,7 @@ def shares(results: List[Dict]) -> List[str]:
     lines = []
     for (task, model, batch_size, name), whole in seconds.items():
         for part in PARTS.get(task, ()):
-            any_dtype = seconds.get((part, model, batch_size, "ours"))
-            own = seconds.get((part, model, batch_size, name), any_dtype)
-            if own:
+            if own := seconds.get((part, model, batch_size, name)):
                 case = f"{model}, batch {batch_size}, {name}"
                 lines.append(f"- {case}: `{part}` takes {100 * own / whole:.3g} % of `{task}`")
     return lines

@@ -125,7 +125,9 @@ class MMDetection(Contender):
     def postprocess(self) -> Work:
         model, images = self.model().eval(), self.images()
         size = tuple(config(self.spec.model, "cpu").MODEL.SSD.INPUT_SIZE)
-        maps = model.bbox_head(model.extract_feat(self._batch(model)))
+        batch = self._batch(model)
+        with self.autocast():
+            maps = model.bbox_head(model.extract_feat(batch))
         num_outputs = model.bbox_head.cls_out_channels
         if self.spec.case == "worst":
             maps = worst_case_maps(maps, num_outputs - 1)
@@ -134,9 +136,10 @@ class MMDetection(Contender):
 
         @torch.no_grad()
         def run():
-            found[:] = model.bbox_head.predict_by_feat(
-                *maps, batch_img_metas=[meta] * len(images), rescale=True
-            )
+            with self.autocast():
+                found[:] = model.bbox_head.predict_by_feat(
+                    *maps, batch_img_metas=[meta] * len(images), rescale=True
+                )
 
         logits = torch.cat(
             [x.permute(0, 2, 3, 1).reshape(len(x), -1, num_outputs) for x in maps[0]], dim=1

@@ -91,18 +91,20 @@ class Torchvision(Contender):
     def postprocess(self) -> Work:
         model = self.model().eval()
         images, _ = model.transform([x.to(self.spec.device) / 255 for x in self.images()])
-        features = list(model.backbone(images.tensors).values())
-        outputs, anchors = model.head(features), model.anchor_generator(images, features)
+        with self.autocast():
+            features = list(model.backbone(images.tensors).values())
+            outputs, anchors = model.head(features), model.anchor_generator(images, features)
         if self.spec.case == "worst":
-            shape = outputs["cls_logits"].shape
-            logits, offsets = worst_case(shape[1], shape[2] - 1, shape[0])
+            real = outputs["cls_logits"]
+            logits, offsets = worst_case(real.shape[1], real.shape[2] - 1, real.shape[0])
             outputs = {"cls_logits": logits.roll(1, dims=-1), "bbox_regression": offsets}
-            outputs = {k: v.to(self.spec.device) for k, v in outputs.items()}
+            outputs = {k: v.to(real) for k, v in outputs.items()}
         found = []
 
         @torch.no_grad()
         def run():
-            results = model.postprocess_detections(outputs, anchors, images.image_sizes)
+            with self.autocast():
+                results = model.postprocess_detections(outputs, anchors, images.image_sizes)
             sizes = [SIZE] * len(results)
             found[:] = model.transform.postprocess(results, images.image_sizes, sizes)
 
