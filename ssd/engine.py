@@ -142,7 +142,7 @@ class Trainer(DefaultTrainer):
         for name in cfg.DATASETS.TEST:
             self.build_test_loader(cfg, name)  # what is missing shows before the training
             if not (self._overrides("build_evaluator") or self._overrides("test")):
-                check_records(name, cfg.TEST.EVALUATORS)
+                check_records(cfg, name)
         cfg = schedule_in_iterations(cfg, num_images(data_loader))
         model = self.build_model(cfg)
         frozen = [name for name, x in model.named_parameters() if not x.requires_grad]
@@ -324,11 +324,10 @@ class Trainer(DefaultTrainer):
             metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
             ret.append(TrainingPictures(cfg.VIS_PERIOD, model, metadata))
         best = None
-        # a subclass's own evaluators have names of metrics that aren't known here
-        has_own = self._overrides("build_evaluator") or self._overrides("test")
-        known = None if has_own else metric_names(cfg)  # raises for an unknown TEST.EVALUATORS
         if test.BEST_METRIC or test.EARLY_STOPPING.PATIENCE:
-            _check_best_metric(cfg, known)
+            # a subclass's own evaluators have names of metrics that aren't known here
+            has_own = self._overrides("build_evaluator") or self._overrides("test")
+            _check_best_metric(cfg, None if has_own else metric_names(cfg))
             if comm.is_main_process():
                 best = BestCheckpoint(test.EVAL_PERIOD, self.checkpointer, test.BEST_METRIC)
                 ret.append(best)

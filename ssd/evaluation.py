@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import os
-from typing import Optional, Sequence
+from typing import Optional
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -37,7 +37,7 @@ def build_evaluator(
     Raises:
         ValueError: for one that doesn't exist.
     """
-    check_records(dataset_name, _evaluators(cfg))
+    check_records(cfg, dataset_name)
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     known = {
         "coco": lambda: COCOBoxEvaluator(dataset_name, folder),
@@ -46,13 +46,17 @@ def build_evaluator(
     return DatasetEvaluators([known[name]() for name in _evaluators(cfg)])
 
 
-def check_records(dataset_name: str, evaluators: Sequence[str]) -> None:
-    """Checks what these evaluators read of each image of a data set that isn't in COCO's format.
+def check_records(cfg: CfgNode, dataset_name: str) -> None:
+    """Checks what ``cfg.TEST.EVALUATORS`` read of each image of a data set of one's own.
+
+    Those of DATASETS.REGISTER and in COCO's format have it, and aren't read for this.
 
     Raises:
-        ValueError: an image without ``height``, ``width`` or ``image_id``, or two with the same.
+        ValueError: an evaluator that doesn't exist, an image without ``height``, ``width`` or
+            ``image_id``, or two with the same.
     """
-    if not evaluators or MetadataCatalog.get(dataset_name).get("json_file"):
+    evaluators, metadata = _evaluators(cfg), MetadataCatalog.get(dataset_name)
+    if not evaluators or dataset_name in cfg.DATASETS.REGISTER or metadata.get("json_file"):
         return
     needed = ("image_id", "height", "width") if "coco" in evaluators else ("image_id",)
     records = DatasetCatalog.get(dataset_name)
