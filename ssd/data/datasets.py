@@ -169,9 +169,10 @@ def _without_defects(name: str) -> list[dict]:
     # Here and not in the mapper alone, so that no evaluator asks for such an object.
     records = read_every_box(name)
     defects = find_box_defects(records, MetadataCatalog.get(name).thing_classes)
-    if defects:
-        more = [f"… and {len(defects) - 20} more"] if len(defects) > 20 else []
-        logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects[:20] + more))
+    if not defects:
+        return records
+    more = [f"… and {len(defects) - 20} more"] if len(defects) > 20 else []
+    logger.warning(f"{name}: dropped {len(defects)} boxes:\n" + "\n".join(defects[:20] + more))
     for record in records:
         boxes = xyxy_boxes(record["annotations"]).tolist()
         record["annotations"] = [
