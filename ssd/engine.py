@@ -157,10 +157,8 @@ class Trainer(DefaultTrainer):
         self._average = WeightAverage(model, ema.DECAY) if ema.ENABLED else None
         if cfg.MODEL.COMPILE:
             compile_network(model)
-        # not given, Detectron2 would pass device ids, which fails on CPUs
-        on_gpu = next(model.parameters()).device.type == "cuda"
-        kwargs = {} if on_gpu else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **kwargs)
+        # the model moves its inputs itself; Detectron2's own device ids fail on CPUs
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
         self._trainer = TrainingStep(
             model, data_loader, optimizer,
             amp_dtype=cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else None,
