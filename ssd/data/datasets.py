@@ -295,12 +295,11 @@ def _check_entry(name: str, node: Any) -> dict:
             expected = "a list of different names (in quotes if YAML takes them for numbers)"
         elif isinstance(default, bool):
             valid, expected = isinstance(value, bool), "True or False"
+        elif k == "CLASSES" and entry["FORMAT"] != "yolo":
+            valid, expected = False, "a list of class names"
         else:
-            is_file = k == "CLASSES" and entry["FORMAT"] == "yolo"
             valid = isinstance(value, str) and (value or default == "")
-            valid = valid and (k != "CLASSES" or is_file)
-            expected = "a list of class names" if k == "CLASSES" else "a string"
-            expected += " or a file of them" if is_file else ""
+            expected = "a list of class names or a file of them" if k == "CLASSES" else "a string"
         if not valid:
             given = f"is {value!r}" if k in node else "is missing"
             raise ValueError(f"{key}.{k} {given}; FORMAT {node['FORMAT']} needs {expected}")
