@@ -3,7 +3,24 @@
 import math
 from typing import Sequence, Tuple
 
-__all__ = ["check_choice", "check_model", "check_number", "check_positive", "check_range"]
+from detectron2.modeling import META_ARCH_REGISTRY
+
+__all__ = [
+    "check_choice",
+    "check_model",
+    "check_number",
+    "check_positive",
+    "check_range",
+    "is_ssd",
+]
+
+
+def is_ssd(cfg) -> bool:
+    """Whether ``MODEL.META_ARCHITECTURE`` is SSD or a class of one's own that derives from it."""
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        return False
+    found, ssd = map(META_ARCH_REGISTRY.get, (cfg.MODEL.META_ARCHITECTURE, "SSD"))
+    return isinstance(found, type) and issubclass(found, ssd)  # or a function
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:

@@ -16,9 +16,10 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+
+from ssd.checks import is_ssd
 
 __all__ = ["add_ssd_config", "load_config"]
 
@@ -144,7 +145,8 @@ def _add_backbone_keys(cfg: CN) -> None:
     regnet.SE_RATIO = 0.0
     regnet.NORM = "BN"
 
-    # Of every BatchNorm in the model; torch's momentum (the weight of the new batch).
+    # Of every BatchNorm in an SSD, and in our backbones elsewhere; torch's momentum (the weight of
+    # the new batch).
     cfg.MODEL.BATCH_NORM = CN({"EPS": 1e-5, "MOMENTUM": 0.1})
 
 
@@ -279,7 +281,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), cfg: Optional[CN] = 
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         _warn(f"No GPU: MODEL.DEVICE is cpu, not {cfg.MODEL.DEVICE}")
         cfg.MODEL.DEVICE = "cpu"
-    if _is_ssd(cfg.MODEL.META_ARCHITECTURE) and (keys := _keys_without_effect(cfg)):
+    if is_ssd(cfg) and (keys := _keys_without_effect(cfg)):
         _warn(f"Without effect on an SSD and its own loaders: {', '.join(keys)}")
     register_datasets(cfg)
     cfg.freeze()
@@ -305,13 +307,6 @@ _WITHOUT_EFFECT = (
     "TEST.KEYPOINT_OKS_SIGMAS"
 ).split()
 _OF_RESNETS = ("MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS", "MODEL.FPN")
-
-
-def _is_ssd(name: str) -> bool:
-    if name not in META_ARCH_REGISTRY:
-        return False
-    found, ssd = map(META_ARCH_REGISTRY.get, (name, "SSD"))
-    return isinstance(found, type) and issubclass(found, ssd)  # or a function
 
 
 def _keys_without_effect(cfg: CN) -> List[str]:

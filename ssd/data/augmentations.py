@@ -4,11 +4,13 @@ Detectron2 Augmentations: each draws the parameters of one transform from ``np.r
 changes a pixel itself. Boxes are (M, 4) XYXY in pixels of the image, sizes (height, width).
 """
 
+import logging
 from typing import Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, Augmentation, RandomFlip
+from detectron2.utils.logger import log_first_n
 from fvcore.transforms.transform import HFlipTransform, NoOpTransform, Transform, VFlipTransform
 
 from ssd.checks import check_choice, check_number, check_positive, check_range
@@ -232,6 +234,12 @@ class IoUCrop(Augmentation):
             image: (H, W, C); only its size is read.
             boxes: (M, 4) XYXY in pixels; None counts as none.
         """
+        if boxes is None:
+            log_first_n(
+                logging.WARNING,
+                "IoUCrop crops nothing: no boxes are given. Detectron2's DatasetMapper gives "
+                "augmentations none, ssd.data.mapper.SSDDatasetMapper does.",
+            )
         size = image.shape[:2]
         crop = None
         if boxes is not None and len(boxes):

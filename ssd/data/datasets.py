@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from ssd.checks import is_ssd
 from ssd.data import shapes
 from ssd.data.boxes import box_defect, find_box_defects, xyxy_boxes
 from ssd.data.files import require
@@ -110,8 +111,9 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
     ``is_train``: an evaluation doesn't need it.
 
     Raises:
-        ValueError: for an unknown data set, one whose class count isn't MODEL.SSD.NUM_CLASSES,
-            or classes that differ in name or order between the data sets.
+        ValueError: for an unknown data set, one whose class count isn't MODEL.SSD.NUM_CLASSES
+            (other models have other keys), or classes that differ in name or order between the
+            data sets.
     """
     check_names(cfg, is_train)
     first = None
@@ -133,7 +135,7 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
                 where = f"the categories of {metadata.json_file}"
             elif name in _registered:
                 where = f"DATASETS.REGISTER.{name}.CLASSES"
-            if len(classes) != cfg.MODEL.SSD.NUM_CLASSES:
+            if is_ssd(cfg) and len(classes) != cfg.MODEL.SSD.NUM_CLASSES:
                 raise ValueError(
                     f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:10])}"
                     f"{', …' if len(classes) > 10 else ''}) but MODEL.SSD.NUM_CLASSES is "

@@ -4,6 +4,7 @@ from typing import Callable, Iterable, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
@@ -19,9 +20,18 @@ __all__ = [
     "init_convolutions",
     "pad_as_tensorflow",
     "round_to_8",
+    "set_batch_norm",
 ]
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)  # with SyncBatchNorm
+
+
+def set_batch_norm(module: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Gives each BatchNorm in a module ``MODEL.BATCH_NORM.EPS`` and ``MOMENTUM``, in place."""
+    for layer in module.modules():
+        if isinstance(layer, BATCH_NORMS):
+            layer.eps, layer.momentum = cfg.MODEL.BATCH_NORM.EPS, cfg.MODEL.BATCH_NORM.MOMENTUM
+    return module
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -12,6 +12,7 @@ from ssd.modeling.blocks import (
     conv_block,
     init_convolutions,
     round_to_8,
+    set_batch_norm,
 )
 
 __all__ = [
@@ -137,7 +138,8 @@ def build_mobilenetv1_backbone(cfg, input_shape: ShapeSpec) -> MobileNet:
             blocks.append(nn.Sequential(depthwise, conv_block(channels, out_channels, **kwargs)))
             channels = out_channels
         stages.append(blocks)
-    return MobileNet(conv1, stages, out_features=cfg.MODEL.SSD.IN_FEATURES)
+    backbone = MobileNet(conv1, stages, out_features=cfg.MODEL.SSD.IN_FEATURES)
+    return set_batch_norm(backbone, cfg)
 
 
 @BACKBONE_REGISTRY.register()
@@ -157,7 +159,8 @@ def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNet:
             channels = out_channels
         stages.append(blocks)
     conv2 = conv_block(channels, max(1280, width(1280)), **kwargs)  # never narrower
-    return MobileNet(conv1, stages, conv2, out_features=cfg.MODEL.SSD.IN_FEATURES)
+    backbone = MobileNet(conv1, stages, conv2, out_features=cfg.MODEL.SSD.IN_FEATURES)
+    return set_batch_norm(backbone, cfg)
 
 
 @BACKBONE_REGISTRY.register()
@@ -192,4 +195,5 @@ def build_mobilenetv3_backbone(cfg, input_shape: ShapeSpec) -> MobileNet:
             channels = out_channels
         stages.append(blocks)
     conv2 = conv_block(channels, 6 * channels, norm=keys.NORM, activation="Hardswish")
-    return MobileNet(conv1, stages, conv2, out_features=cfg.MODEL.SSD.IN_FEATURES)
+    backbone = MobileNet(conv1, stages, conv2, out_features=cfg.MODEL.SSD.IN_FEATURES)
+    return set_batch_norm(backbone, cfg)

@@ -333,7 +333,9 @@ def detect(
                 logits, deltas, default_boxes, image_size, output, attempt=attempt, **settings
             )
         *found, status = first
-        for i, boxes, score, cls in zip(todo, *(x.unbind() for x in found)):
+        # views by themselves if gradients are wanted: unbind's can't be scaled in place
+        found = [[*x] if not x.requires_grad else [x[i] for i in range(len(x))] for x in found]
+        for i, boxes, score, cls in zip(todo, *found):
             results[i] = Instances(tuple(image_size if output_sizes is None else output_sizes[i]))
             # all of one length: checking each field takes longer than all the rest here
             results[i].get_fields().update(pred_boxes=Boxes(boxes), scores=score, pred_classes=cls)

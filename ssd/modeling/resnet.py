@@ -5,7 +5,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbo
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from torch import nn
 
-from ssd.modeling.blocks import check_out_features
+from ssd.modeling.blocks import check_out_features, set_batch_norm
 
 __all__ = ["build_regnet_backbone", "build_ssd_resnet_backbone"]
 
@@ -52,4 +52,4 @@ def build_regnet_backbone(cfg, input_shape: ShapeSpec) -> RegNet:
     stages = backbone.stages_and_names
     while stages and stages[-1][1] not in names:
         delattr(backbone, stages.pop()[1])
-    return backbone
+    return set_batch_norm(backbone, cfg)

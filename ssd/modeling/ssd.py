@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ssd.checks import check_choice, check_model
 from ssd.cuda_graph import CudaGraph
-from ssd.modeling.blocks import BATCH_NORMS, pad_as_tensorflow
+from ssd.modeling.blocks import pad_as_tensorflow, set_batch_norm
 from ssd.modeling.default_boxes import DefaultBoxGenerator, check_centers
 from ssd.modeling.head import SSDHead, SSDLiteHead
 from ssd.modeling.multibox import encode_boxes, loss_divisor, match_default_boxes, multibox_loss
@@ -97,7 +97,6 @@ class SSD(DenseDetector):
         weights = torch.tensor(bbox_reg_weights)
         self.register_buffer("bbox_reg_weights", weights, persistent=False)
         self.channels_last = channels_last
-        self.to(memory_format=self.memory_format)
 
         map_sizes = self._feature_map_sizes()
         boxes = default_box_generator.per_level(map_sizes)
@@ -111,6 +110,7 @@ class SSD(DenseDetector):
         else:
             group, self.num_groups = torch.arange(self.num_classes)[None], self.num_classes
         self.register_buffer("candidate_group", group, persistent=False)
+        self.to(memory_format=self.memory_format)
 
     @classmethod
     def from_config(cls, cfg):
@@ -131,13 +131,9 @@ class SSD(DenseDetector):
             head = SSDLiteHead(*head_args, norm=ssd.NORM, last_1x1=ssd.HEAD == "lite_last_1x1")
         if ssd.SAME_PADDING:
             pad_as_tensorflow(backbone)
-        for module in [*backbone.modules(), *head.modules()]:
-            if isinstance(module, BATCH_NORMS):
-                module.eps = cfg.MODEL.BATCH_NORM.EPS
-                module.momentum = cfg.MODEL.BATCH_NORM.MOMENTUM
         return {
-            "backbone": backbone,
-            "head": head,
+            "backbone": set_batch_norm(backbone, cfg),
+            "head": set_batch_norm(head, cfg),
             "default_box_generator": generator,
             "input_size": ssd.INPUT_SIZE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -179,6 +175,11 @@ class SSD(DenseDetector):
         if self.training:
             features = self.backbone(images.tensor)
             features = [features[name] for name in self.head_in_features]
+            if not all("instances" in x for x in batched_inputs):
+                raise ValueError(
+                    "training needs each image's 'instances' (a mapper's for training); "
+                    "model.eval() first for detections"
+                )
             gt_instances = [x["instances"] for x in batched_inputs]
             return self.forward_training(images, features, self.head(features), gt_instances)
         sizes = [
@@ -197,7 +198,10 @@ class SSD(DenseDetector):
         return [{"instances": instances} for instances in results]
 
     def _apply(self, *args, **kwargs):
+        boxes = self.default_boxes
         moved = super()._apply(*args, **kwargs)
+        if self.default_boxes.element_size() < boxes.element_size():
+            self.default_boxes = boxes.to(self.device)  # bfloat16 would round them to 2 pixels
         if self.cuda_graph:  # it reads the weights' old memory
             self.cuda_graph.forget()
         return moved
@@ -212,8 +216,10 @@ class SSD(DenseDetector):
         Returns:
             logits (N, R, K + 1), offsets (N, R, 4), and what :func:`best_detections` finds.
         """
-        enabled = self.inference_dtype is not None
-        with torch.autocast(self.device.type, self.inference_dtype, enabled=enabled):
+        dtype, precision = self.inference_dtype, contextlib.nullcontext()
+        if dtype or self.cuda_graph:  # which replays one, whatever the caller's autocast is
+            precision = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        with precision:
             features = self.backbone(images)
             features = [features[name] for name in self.head_in_features]
             logits, deltas = self._flatten(self.head(features))
@@ -342,6 +348,8 @@ class SSD(DenseDetector):
         # padded where they are, on the host: the device gets three tensors, whatever N
         boxes = pad_sequence([x.gt_boxes.tensor for x in gt_instances], batch_first=True)
         classes = pad_sequence([x.gt_classes.long() for x in gt_instances], batch_first=True)
+        if not classes.is_cuda:  # from Detectron2's loader; a GPU's would have to be waited for
+            _check_classes(classes, self.num_classes)
         counts = torch.tensor([len(x) for x in gt_instances], device=boxes.device)
         if not boxes.shape[1]:
             boxes, classes = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1))
@@ -386,6 +394,14 @@ class SSD(DenseDetector):
                 f"MODEL.SSD.EXTRA_LAYERS, which make maps of (height, width) {sizes}"
             )
         return sizes
+
+
+def _check_classes(classes: Tensor, num_classes: int) -> None:
+    for wrong in classes[(classes < 0) | (classes >= num_classes)].tolist():
+        raise ValueError(
+            f"gt_classes must be 0 to {num_classes - 1} (MODEL.SSD.NUM_CLASSES is {num_classes}), "
+            f"got {wrong}"
+        )
 
 
 def _as_one(images: Sequence[Tensor]) -> Optional[Tensor]:

@@ -3,6 +3,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import transforms as T
+from detectron2.utils import logger
 from fvcore.transforms.transform import NoOpTransform
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -223,6 +224,17 @@ def plain_mmdet_crop(min_iou, boxes):
         if box_iou(crop, boxes).min() >= min_iou and survivors(crop, boxes).any():
             return crop
     return None
+
+
+def test_a_crop_that_gets_no_boxes_says_so(caplog):
+    """As from Detectron2's DatasetMapper."""
+    logger._LOG_COUNTER.clear()  # of messages that are logged once
+    assert isinstance(IoUCrop()(T.AugInput(IMAGE)), NoOpTransform)
+    assert "IoUCrop crops nothing" in caplog.text and "SSDDatasetMapper" in caplog.text
+    caplog.clear()
+    logger._LOG_COUNTER.clear()
+    IoUCrop()(T.AugInput(IMAGE, boxes=np.zeros((0, 4))))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("min_iou", [0.0, 0.1, 0.3])

@@ -174,6 +174,9 @@ def test_check_class_count(tmp_path):
     with pytest.raises(ValueError, match="DATASETS.TEST: data set 't_cocoo'.*did you mean t_coco"):
         check_class_count(make_cfg(entries, ["t_voc"], ["t_cocoo"]))
     check_class_count(make_cfg({}, ["coco_2017_train"], ["coco_2017_val"], 80))
+    other = make_cfg(entries, ["t_voc"], [], 80)
+    other.MODEL.META_ARCHITECTURE = "RetinaNet"  # which has a key of its own
+    check_class_count(other)
     with pytest.raises(ValueError, match="'t_new' of DATASETS.REGISTER isn't registered"):
         check_class_count(make_cfg({"t_new": VOC}, ["t_new"], []))
 

@@ -26,6 +26,7 @@ def clean_catalog(tmp_path, monkeypatch):
 def make_cfg(entries, train=(), test=(), num_classes=2):
     cfg = get_cfg()
     add_ssd_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "SSD"
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)
     cfg.MODEL.SSD.NUM_CLASSES = num_classes
     cfg.merge_from_other_cfg(CfgNode({"DATASETS": {"REGISTER": entries}}))

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -330,6 +331,36 @@ def test_half_precision_takes_images_of_any_size():
         assert len(detect(model, {"image": image(*size)})[0])
 
 
+def test_default_boxes_keep_their_precision():
+    exact, model = make_model().default_boxes, make_model()
+    assert torch.equal(model.to(torch.bfloat16).default_boxes, exact)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    losses, expected = model(batch()), make_model()(batch())
+    for name, loss in losses.items():  # the same matches and targets
+        assert loss.item() == pytest.approx(expected[name].item(), rel=0.03)
+    assert torch.equal(make_model().double().default_boxes, exact.double())
+    assert make_model().to("meta").default_boxes.is_meta
+
+
+def test_the_callers_autocast_counts():
+    model, dtypes = make_model().eval(), []
+    model.head.register_forward_pre_hook(lambda head, inputs: dtypes.append(inputs[0][0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        detect(model, {"image": image()})
+    detect(model, {"image": image()})
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_detections_with_gradients_may_be_scaled():
+    model = make_predictor().eval()
+    instances = model([{"image": image()}])[0]["instances"]
+    assert instances.pred_boxes.tensor.requires_grad
+    scaled = detector_postprocess(instances, 192, 96)
+    expected = detect(model, {"image": image(), "height": 192})[0].pred_boxes.tensor
+    torch.testing.assert_close(scaled.pred_boxes.tensor, expected)
+    scaled.scores.sum().backward()
+
+
 def test_tracing_says_what_can_be_traced():
     model = make_model().eval().requires_grad_(False)
     with pytest.raises(RuntimeError, match="trace backbone and head"):
@@ -345,6 +376,17 @@ def test_tracing_says_what_can_be_traced():
     one, four = (tuple(model.backbone(torch.rand(n, 3, 96, 96)).values()) for n in (1, 4))
     for found, expected in zip(torch.jit.trace(head, one)(*four), head(*four)):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_classes_that_the_head_does_not_have(wrong):
+    with pytest.raises(ValueError, match=f"0 to 2 .MODEL.SSD.NUM_CLASSES is 3., got {wrong}"):
+        make_model()(batch(last_class=wrong))
+
+
+def test_training_needs_objects():
+    with pytest.raises(ValueError, match="'instances'.*eval"):
+        make_model()([{"image": image()}])
 
 
 def test_classes_may_be_of_any_integer_type():
@@ -463,6 +505,14 @@ def test_batch_norm_keys_reach_every_layer():
     assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_batch_norm_keys_reach_our_backbones_in_other_models(version):
+    cfg = make_config("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.SSD.IN_FEATURES", "['stage4']")
+    build = BACKBONE_REGISTRY.get(f"build_mobilenetv{version}_backbone")
+    layers = [m for m in build(cfg, ShapeSpec(3)).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
+
+
 @pytest.mark.parametrize("base, best, normalizer", [  # each value once: nothing joins them
     ("ssd300_vgg16", "argmax", "image"),
     ("ssdlite_mobilenetv2", "bipartite", "batch"),
@@ -470,6 +520,7 @@ def test_batch_norm_keys_reach_every_layer():
 ])  # fmt: skip
 def test_losses_on_a_gpu_never_wait_for_it(base, best, normalizer, fake_gpu, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is none without a GPU
+    monkeypatch.setattr("ssd.modeling.ssd._check_classes", lambda *args: None)  # on the host
     opts = ("MODEL.SSD.MATCHING.BEST", best, "MODEL.SSD.LOSS.NORMALIZER", normalizer)
     model = make_model(*opts, base=base)
     tensors = [*model.named_parameters(), *model.named_buffers()]
