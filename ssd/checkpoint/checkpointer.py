@@ -196,7 +196,7 @@ class SSDCheckpointer(DetectionCheckpointer):
             return state, "weights", ""
         cfg = self._cfg
         state = lineage.to_ours(state, *([cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_STD] if cfg else []))
-        counts = [count_classes(state, cls, box) for cls, box in predictors(state).items()]
+        counts = count_classes(state)
         done = f", {counts[0]} classes" if counts else ""
         done += ", background moved from first to last" if lineage.background_first else ""
         if cfg and cfg.INPUT.FORMAT != lineage.input_format:
@@ -234,23 +234,20 @@ class SSDCheckpointer(DetectionCheckpointer):
     def _carry_classes(self, state: State, found: str) -> State:
         """The rows of matching classes in the class predictors of a file with other classes."""
         cfg, own = self._cfg, self.model.state_dict()
-        pairs = {cls: box for cls, box in predictors(state).items() if f"{cls}.bias" in own}
-        if not (cfg and pairs):
+        if not cfg:
             return state
+        given, expected = predictors(state), predictors(own)
         # of other default boxes a layer stays fresh, and is named; its size alone may be the same
-        biases = {cls: f"{box}.bias" for cls, box in pairs.items()}
-        other = [cls for cls, bias in biases.items() if state[bias].shape != own[bias].shape]
+        other = [cls for cls, a in given.items() if expected.get(cls, a) != a]
         state = {k: x for k, x in state.items() if k.rpartition(".")[0] not in other}
-        pairs = {cls: box for cls, box in pairs.items() if cls not in other}
-        if not pairs:
+        levels = {cls: a for cls, a in given.items() if expected.get(cls) == a}
+        if not levels:
             return state
-        cls, box = next(iter(pairs.items()))
-        num_source, num_target = count_classes(state, cls, box), cfg.MODEL.SSD.NUM_CLASSES
+        num_source, num_target = count_classes(state)[0], cfg.MODEL.SSD.NUM_CLASSES
         rows = self._source_rows(num_source)
         if max(rows) < 0 or (num_source == num_target and rows == list(range(num_target))):
             return state
-        for cls, box in pairs.items():
-            num_anchors = len(state[f"{box}.bias"]) // 4
+        for cls, num_anchors in levels.items():
             for name in (f"{cls}.weight", f"{cls}.bias"):
                 if state[name].shape[1:] == own[name].shape[1:]:
                     state[name] = carry_rows(state[name], own[name], num_anchors, rows)

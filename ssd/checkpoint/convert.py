@@ -61,8 +61,7 @@ class Detector(NamedTuple):
 
     def definition(self) -> Optional[Tuple[Weights, Dict[str, Any]]]:
         """As :func:`ssd.checkpoint.recognition.definition`; None for our own and for backbones."""
-        pairs = predictors(self.state)
-        counts = [count_classes(self.state, cls, box) for cls, box in pairs.items()]
+        counts = count_classes(self.state)
         return definition(self.lineage.key, len(counts), counts[0]) if counts else None
 
 
@@ -170,18 +169,18 @@ def _check_network(state: State, lineage: Lineage) -> None:
     """Differences that names don't show."""
     if "backbone.l2_norm.conv4_3.running_mean" in state and lineage.key != "qfgaohao_vgg":
         raise ValueError(f"{lineage.title} has L2Norm, not BatchNorm, on conv4_3")
-    pairs = predictors(state)
-    if lineage.key in _WITH_L2NORM and pairs:
+    levels = predictors(state)
+    if lineage.key in _WITH_L2NORM and levels:
         if "backbone.l2_norm.conv4_3.weight" not in state:
             raise ValueError(f"{lineage.title} has L2Norm on conv4_3")
         extra = {name.split(".")[2] for name in state if name.startswith("backbone.extra_layers.")}
-        if len(pairs) != len(extra) + 2:
+        if len(levels) != len(extra) + 2:
             raise ValueError(
                 f"{lineage.title} predicts from conv4_3, fc7 and the extra layers: "
-                f"{len(extra) + 2} levels, not {len(pairs)}"
+                f"{len(extra) + 2} levels, not {len(levels)}"
             )
-    if lineage.key in _SIX_LEVELS and len(pairs) != 6:
-        raise ValueError(f"{lineage.title} has predictors on 6 levels, not on {len(pairs)}")
+    if lineage.key in _SIX_LEVELS and len(levels) != 6:
+        raise ValueError(f"{lineage.title} has predictors on 6 levels, not on {len(levels)}")
     first = state.get("head.cls_predictors.0.0.weight")
     expand = state.get(f"{BODY}stage6.0.expand.weight")
     if lineage.key in _TAP_INSIDE and first is not None and expand is not None:

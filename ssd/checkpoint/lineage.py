@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -142,20 +142,22 @@ def lite_heads(
         yield f"{theirs}{pointwise}", f"{ours}.1"
 
 
-def predictors(state: State) -> Dict[str, str]:
-    """Of our parameters: {layer that predicts classes: the level's that predicts boxes}."""
+def predictors(state: State) -> Dict[str, int]:
+    """Of our parameters: {layer that predicts classes: A, the level's default boxes per cell}."""
     found: Dict[str, Dict[str, str]] = {"cls": {}, "box": {}}
     for name in state:
         if match := _PREDICTOR_BIAS.fullmatch(name):
             found[match[1]][match[2]] = name.removesuffix(".bias")
     return {
-        layer: found["box"][level] for level, layer in found["cls"].items() if level in found["box"]
+        layer: len(state[f"{found['box'][level]}.bias"]) // 4
+        for level, layer in found["cls"].items()
+        if level in found["box"]
     }
 
 
-def count_classes(state: State, cls: str, box: str) -> int:
-    """K of a pair of :func:`predictors`."""
-    return len(state[f"{cls}.bias"]) * 4 // len(state[f"{box}.bias"]) - 1
+def count_classes(state: State) -> List[int]:
+    """K of each of :func:`predictors`."""
+    return [len(state[f"{cls}.bias"]) // a - 1 for cls, a in predictors(state).items()]
 
 
 def _rename(state: State, names: Dict[str, str]) -> State:
@@ -169,8 +171,7 @@ def _new_name(name: str, names: Dict[str, str]) -> str:
 
 def _roll_classes(state: State, by: int) -> None:
     """Moves the background of each default box from first to last (by -1) or back (by 1)."""
-    for cls, box in predictors(state).items():
-        num_anchors = len(state[f"{box}.bias"]) // 4
+    for cls, num_anchors in predictors(state).items():
         for name in (f"{cls}.weight", f"{cls}.bias"):
             value = state[name].unflatten(0, (num_anchors, -1))
             state[name] = value.roll(by, dims=1).flatten(0, 1)
