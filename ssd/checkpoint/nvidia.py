@@ -3,7 +3,7 @@
 import re
 from typing import Iterator, Tuple
 
-from ssd.checkpoint.lineage import MAX_LEVELS, Lineage, State, extras, heads
+from ssd.checkpoint.lineage import Lineage, State, extras, heads
 from ssd.checkpoint.resnet import torchvision_resnet
 
 __all__ = ["LINEAGES"]
@@ -25,14 +25,11 @@ def _reorder(state: State, boxes_first: bool) -> State:
     Or back, with ``boxes_first`` False.
     """
     result = dict(state)
-    for level in range(MAX_LEVELS):
-        for kind in ("conf", "loc"):
-            for leaf in ("weight", "bias"):
-                if (name := f"{kind}.{level}.{leaf}") in state:
-                    num_anchors = len(state[f"loc.{level}.bias"]) // 4
-                    sizes = (-1, num_anchors) if boxes_first else (num_anchors, -1)
-                    value = state[name].unflatten(0, sizes)
-                    result[name] = value.transpose(0, 1).flatten(0, 1)
+    for name, value in state.items():
+        if level := re.fullmatch(r"(?:conf|loc)\.(\d)\.(?:weight|bias)", name):
+            num_anchors = len(state[f"loc.{level[1]}.bias"]) // 4
+            sizes = (-1, num_anchors) if boxes_first else (num_anchors, -1)
+            result[name] = value.unflatten(0, sizes).transpose(0, 1).flatten(0, 1)
     return result
 
 
