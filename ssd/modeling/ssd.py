@@ -105,8 +105,8 @@ class SSD(DenseDetector):
         self.register_buffer("default_boxes", torch.cat(boxes), persistent=False)
         check_choice("MODEL.SSD.TOPK_PER", topk_per, ("level", "class"))
         if topk_per == "level":
-            level = torch.arange(len(boxes)).repeat_interleave(torch.tensor(self.boxes_per_level))
-            group, self.num_groups = level[:, None], len(boxes)
+            levels = [torch.full((len(level), 1), i) for i, level in enumerate(boxes)]
+            group, self.num_groups = torch.cat(levels), len(boxes)
         else:
             group, self.num_groups = torch.arange(self.num_classes)[None], self.num_classes
         self.register_buffer("candidate_group", group, persistent=False)

@@ -51,9 +51,7 @@ def title(lineage):
 
 def shapes_of(lab, opts=()):
     """The lab's model's parameters, without values."""
-    # candidates of a level are counted, which needs values
-    opts = ["MODEL.DEVICE", "meta", "MODEL.SSD.TOPK_PER", "class", *opts]
-    cfg = load_config(model_zoo.get_config_file(lab), opts)
+    cfg = load_config(model_zoo.get_config_file(lab), ["MODEL.DEVICE", "meta", *opts])
     with torch.device("meta"):
         return build_model(cfg).state_dict()
 
