@@ -252,7 +252,7 @@ def best_detections(
         kept, settled = _nms_per_class(boxes, cls, valid, num_classes, nms_thresh), True
     complete = (complete | (kept.sum(dim=1) >= detections_per_image)) & settled
 
-    best = _true_first(kept)[:, : max(0, detections_per_image)]
+    best = _true_first(kept)[:, :detections_per_image]
     boxes, score, cls = clipped[image, best], score[image, best], cls[image, best]
     kept = kept[image, best]
     if output is not None:
@@ -266,7 +266,7 @@ def best_detections(
 
 
 def _num_candidates(detections_per_image: int, attempt: int = 0) -> int:
-    return 4 ** (1 + attempt) * max(1, detections_per_image)
+    return 4 ** (1 + attempt) * detections_per_image
 
 
 def never_waits(num_pairs: int, detections_per_image: int) -> bool:
@@ -279,8 +279,7 @@ def output_transform(sizes: Sequence[Tuple[int, int]], image_size: Tuple[int, in
     """(N, 4) float64: what boxes in x and y are multiplied by and clipped to, if images of (height,
     width) ``sizes`` were resized to ``image_size`` for the network."""
     height, width = image_size
-    rows = [(w / width, h / height, w, h) for h, w in sizes]
-    return torch.tensor(rows, dtype=torch.float64).view(-1, 4)
+    return torch.tensor([(w / width, h / height, w, h) for h, w in sizes], dtype=torch.float64)
 
 
 def _has_area(boxes: Tensor) -> Tensor:
