@@ -23,15 +23,14 @@ __all__ = ["L2Norm", "SSDBackbone", "build_ssd_backbone"]
 class L2Norm(nn.Module):
     """Channel-wise L2 normalisation with a learned scale per channel (ParseNet, 1506.04579)."""
 
-    def __init__(self, channels: int, scale: float = 20.0, eps: float = 1e-10):
+    def __init__(self, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((channels,), scale))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((channels,), 20.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape; computed in at least float32 also under autocast."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = values.square().sum(dim=1, keepdim=True).sqrt() + self.eps
+        norm = values.square().sum(dim=1, keepdim=True).sqrt() + 1e-10
         return (self.weight[None, :, None, None] * values / norm).to(x.dtype)
 
 
