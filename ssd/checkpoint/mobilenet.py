@@ -75,9 +75,8 @@ def nested_v3(index: int) -> Dict[str, str]:
     roles += (["squeeze"] if index in _WITH_SQUEEZE else []) + ["project"]
     layers = {}
     for position, role in enumerate(roles):
-        parts = ("fc1", "fc2") if role == "squeeze" else ("0", "1")
-        ours = (".fc1", ".fc2") if role == "squeeze" else ("", ".norm")
-        layers.update((f"{position}.{a}", f"{role}{b}") for a, b in zip(parts, ours))
+        parts = {"fc1": ".fc1", "fc2": ".fc2"} if role == "squeeze" else {"0": "", "1": ".norm"}
+        layers.update((f"{position}.{theirs}", role + ours) for theirs, ours in parts.items())
     return layers
 
 
