@@ -70,7 +70,7 @@ class CudaGraph:
         return outputs
 
     def _record(self, function: Function, args: Tuple[Tensor, ...]):
-        inputs = [x.clone(memory_format=torch.preserve_format) for x in args]
+        inputs = [x.clone() for x in args]
         stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
