@@ -60,8 +60,8 @@ class DefaultBoxGenerator(nn.Module):
         """
         super().__init__()
         levels = len(min_sizes)
-        for key, values in (("ASPECT_RATIOS", aspect_ratios), ("STEPS", steps)):
-            if len(values) != levels and not (key == "STEPS" and len(values) == 0):
+        for key, values in (("ASPECT_RATIOS", aspect_ratios), ("STEPS", steps or min_sizes)):
+            if len(values) != levels:
                 raise ValueError(
                     f"MODEL.SSD.DEFAULT_BOXES.{key} has {len(values)} levels, MIN_SIZES {levels}"
                 )
