@@ -338,14 +338,12 @@ def detect(
             results[i] = Instances(tuple(image_size if output_sizes is None else output_sizes[i]))
             # all of one length: checking each field takes longer than all the rest here
             results[i].get_fields().update(pred_boxes=Boxes(boxes), scores=score, pred_classes=cls)
-        unfinished, status = [], status.tolist()  # here the host waits for a GPU
-        for row, (i, (n, complete)) in enumerate(zip(todo, status)):
-            if complete:
-                fields = results[i].get_fields()
-                if n < len(fields["scores"]):
-                    fields.update({name: x[:n] for name, x in fields.items()})
-            else:
-                unfinished.append(row)
+        status = status.tolist()  # here the host waits for a GPU
+        for i, (n, _) in zip(todo, status):
+            fields = results[i].get_fields()
+            if n < len(fields["scores"]):
+                fields.update({name: x[:n] for name, x in fields.items()})
+        unfinished = [row for row, (_, complete) in enumerate(status) if not complete]
         todo, attempt = [todo[row] for row in unfinished], attempt + 1
         if unfinished:
             logits, deltas = logits[unfinished], deltas[unfinished]
