@@ -204,7 +204,7 @@ def parse_class_map(
 
 
 def _row(entry, found: str, source: Optional[Sequence[str]], num_source: int) -> int:
-    numbers = f"a number from 0 to {num_source - 1}, or -1 for a fresh class"
+    numbers, hint = f"a number from 0 to {num_source - 1}, or -1 for a fresh class", ""
     if isinstance(entry, str):
         if entry == "":
             return -1
@@ -214,15 +214,12 @@ def _row(entry, found: str, source: Optional[Sequence[str]], num_source: int) ->
                 f"known: expected {numbers}"
             )
         (row,) = match_classes(source, [entry])
-        if row < 0:
-            names = {name.casefold(): name for name in source if name}
-            nearest = difflib.get_close_matches(entry.casefold(), names, n=1)
-            hint = f" (did you mean {names[nearest[0]]!r}?)" if nearest else ""
-            raise ValueError(
-                f"{found}{hint}, expected the name of a class of MODEL.WEIGHTS, {numbers}"
-            )
-        return row
+        if row >= 0:
+            return row
+        names = {name.casefold(): name for name in source if name}
+        if nearest := difflib.get_close_matches(entry.casefold(), names, n=1):
+            hint = f" (did you mean {names[nearest[0]]!r}?)"
     # YAML reads an unquoted no, off or yes as a bool, which Python counts as a number
-    if isinstance(entry, bool) or not isinstance(entry, int) or not -1 <= entry < num_source:
-        raise ValueError(f"{found}, expected the name of a class of MODEL.WEIGHTS, {numbers}")
-    return entry
+    elif isinstance(entry, int) and not isinstance(entry, bool) and -1 <= entry < num_source:
+        return entry
+    raise ValueError(f"{found}{hint}, expected the name of a class of MODEL.WEIGHTS, {numbers}")
