@@ -88,7 +88,8 @@ class SSDBackbone(Backbone):
                     "MODEL.SSD.EXTRA_LAYERS: a row is [bottleneck channels, output channels, "
                     f"kernel, stride, padding], all positive integers but for the last, got {row}"
                 )
-            self.extra_layers.append(_extra_layer(channels, *row, block, norm, activation))
+            layer = _extra_layer(channels, row, block, norm=norm, activation=activation)
+            self.extra_layers.append(layer)
             channels, stride = row[1], stride * row[3]
             self._out_feature_channels[f"extra{number}"] = channels
             self._out_feature_strides[f"extra{number}"] = stride
@@ -128,20 +129,13 @@ class SSDBackbone(Backbone):
         return outputs
 
 
-def _extra_layer(
-    in_channels: int,
-    bottleneck: int,
-    out_channels: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-    block: str,
-    norm: str,
-    activation: str,
-) -> nn.Module:
-    """One extra layer; ``block`` as in ``MODEL.SSD.EXTRA_BLOCK``."""
+def _extra_layer(in_channels: int, row: Sequence[int], block: str, **kwargs: str) -> nn.Module:
+    """One extra layer, a row of ``MODEL.SSD.EXTRA_LAYERS``; ``block`` as in ``EXTRA_BLOCK``.
+
+    ``kwargs``: norm and activation, see :func:`conv_block`.
+    """
+    bottleneck, out_channels, kernel, stride, padding = row
     spatial = {"stride": stride, "padding": padding}
-    kwargs = {"norm": norm, "activation": activation}
     if block in ("inverted", "inverted_se"):
         return InvertedResidual(
             in_channels, bottleneck, out_channels, kernel, **spatial, **kwargs,
