@@ -126,11 +126,9 @@ def read_file(path: str) -> Dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    unsafe = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and unsafe:
-        return f"holds {unsafe[1]}, which could run code"
     if isinstance(error, pickle.UnpicklingError):  # torch's advice is to read it unsafely
-        return "no torch file"
+        unsafe = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
+        return f"holds {unsafe[1]}, which could run code" if unsafe else "no torch file"
     if isinstance(error, EOFError):
         return "it is truncated"
     return (str(error).splitlines() or [type(error).__name__])[0]
