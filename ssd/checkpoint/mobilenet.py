@@ -85,12 +85,11 @@ def _timm(version: str, last: Dict[str, str]) -> Iterator[Tuple[str, str]]:
     yield from ((theirs, BODY + ours) for theirs, ours in stem.items())
     for name in block_names(version)[1:-1]:
         stage, number = name.removeprefix("stage").split(".")
-        roles = ["expand", "depthwise", "project"]
-        convs = ["conv_pw", "conv_dw", "conv_pwl"]
+        block = f"blocks.{int(stage) - 1}.{number}."
+        roles = {"conv_pw": "expand", "conv_dw": "depthwise", "conv_pwl": "project"}
         if name == "stage1.0":
-            roles, convs = roles[1:], ["conv_dw", "conv_pw"]
-        for position, (conv, role) in enumerate(zip(convs, roles), 1):
-            block = f"blocks.{int(stage) - 1}.{number}."
+            roles = {"conv_dw": "depthwise", "conv_pw": "project"}
+        for position, (conv, role) in enumerate(roles.items(), 1):
             yield f"{block}{conv}", f"{BODY}{name}.{role}"
             yield f"{block}bn{position}", f"{BODY}{name}.{role}.norm"
         yield f"{block}se.conv_reduce", f"{BODY}{name}.squeeze.fc1"
