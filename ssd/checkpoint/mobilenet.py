@@ -1,37 +1,42 @@
 """MobileNets: where the public models have the layers of our blocks."""
 
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from ssd.checkpoint.lineage import BODY, IMAGENET_STD, Lineage, State
 
 __all__ = [
-    "BACKBONES", "FLAT", "FLAT_SE", "NESTED", "V1", "block_names", "conv_to_linear", "flat_v2",
-    "flat_v3", "linear_to_conv", "mobilenet", "nested_v2", "nested_v3",
+    "BACKBONES", "FLAT_V2", "FLAT_V3", "NESTED_V2", "NESTED_V3", "V1", "block_names",
+    "conv_to_linear", "linear_to_conv", "mobilenet",
 ]  # fmt: skip
 
 # Blocks in each stage of our backbones.
 STAGES = {"v1": (1, 2, 2, 6, 2), "v2": (1, 2, 3, 4, 3, 3, 1), "v3": (1, 2, 3, 4, 2, 3)}
 _WITH_SQUEEZE = (4, 5, 6, 11, 12, 13, 14, 15)  # of MobileNetV3-Large's 15 blocks
 
-# Position in a block to our layer. Flat: qfgaohao's and d-li14's; nested: torchvision's.
-_FLAT_FIRST = {"0": "depthwise", "1": "depthwise.norm", "3": "project", "4": "project.norm"}
-FLAT = {
-    "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm",
-    "6": "project", "7": "project.norm",
-}  # fmt: skip
-_FLAT_SE_FIRST = {"0": "depthwise", "1": "depthwise.norm", "4": "project", "5": "project.norm"}
-FLAT_SE = {
-    "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm",
-    "5.fc.0": "squeeze.fc1", "5.fc.2": "squeeze.fc2", "7": "project", "8": "project.norm",
-}  # fmt: skip
-_NESTED_FIRST = {
-    "0.0": "depthwise", "0.1": "depthwise.norm", "1": "project", "2": "project.norm",
-}  # fmt: skip
-NESTED = {
-    "0.0": "expand", "0.1": "expand.norm", "1.0": "depthwise", "1.1": "depthwise.norm",
-    "2": "project", "3": "project.norm",
-}  # fmt: skip
-V1 = {"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"}
+# Position in the first block and in the others to our layer. Flat: qfgaohao's and d-li14's; nested:
+# torchvision's.
+FLAT_V2 = (
+    {"0": "depthwise", "1": "depthwise.norm", "3": "project", "4": "project.norm"},
+    {
+        "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm",
+        "6": "project", "7": "project.norm",
+    },
+)  # fmt: skip
+FLAT_V3 = (
+    {"0": "depthwise", "1": "depthwise.norm", "4": "project", "5": "project.norm"},
+    {
+        "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm",
+        "5.fc.0": "squeeze.fc1", "5.fc.2": "squeeze.fc2", "7": "project", "8": "project.norm",
+    },
+)  # fmt: skip
+NESTED_V2 = (
+    {"0.0": "depthwise", "0.1": "depthwise.norm", "1": "project", "2": "project.norm"},
+    {
+        "0.0": "expand", "0.1": "expand.norm", "1.0": "depthwise", "1.1": "depthwise.norm",
+        "2": "project", "3": "project.norm",
+    },
+)  # fmt: skip
+V1 = ({"0": "0", "1": "0.norm", "3": "1", "4": "1.norm"},)
 
 
 def block_names(version: str) -> List[str]:
@@ -41,36 +46,26 @@ def block_names(version: str) -> List[str]:
 
 
 def mobilenet(
-    version: str, prefix: str, block: Callable[[int], Dict[str, str]], inside: str = ""
+    version: str, prefix: str, blocks: Sequence[Dict[str, str]], inside: str = ""
 ) -> Iterator[Tuple[str, str]]:
     """A sequence of convolution, blocks, convolution.
 
     Args:
         prefix: in front of a layer's number.
-        block: positions within a block of this number, to our layers.
+        blocks: positions within each block to our layers; the last are those of all further ones.
         inside: between the number and the position.
     """
     for index, name in enumerate(block_names(version)):
-        positions = {f"{inside}{theirs}": f".{ours}" for theirs, ours in block(index).items()}
         if name in ("conv1", "conv2"):
             positions = {"0": "", "1": ".norm"}
+        else:
+            block = blocks[min(index, len(blocks)) - 1]
+            positions = {f"{inside}{theirs}": f".{ours}" for theirs, ours in block.items()}
         for theirs, ours in positions.items():
             yield f"{prefix}{index}.{theirs}", f"{BODY}{name}{ours}"
 
 
-def flat_v2(index: int) -> Dict[str, str]:
-    return FLAT if index > 1 else _FLAT_FIRST
-
-
-def nested_v2(index: int) -> Dict[str, str]:
-    return NESTED if index > 1 else _NESTED_FIRST
-
-
-def flat_v3(index: int) -> Dict[str, str]:
-    return FLAT_SE if index > 1 else _FLAT_SE_FIRST
-
-
-def nested_v3(index: int) -> Dict[str, str]:
+def _nested_v3(index: int) -> Dict[str, str]:
     roles = (["expand"] if index > 1 else []) + ["depthwise"]
     roles += (["squeeze"] if index in _WITH_SQUEEZE else []) + ["project"]
     layers = {}
@@ -78,6 +73,9 @@ def nested_v3(index: int) -> Dict[str, str]:
         parts = {"fc1": ".fc1", "fc2": ".fc2"} if role == "squeeze" else {"0": "", "1": ".norm"}
         layers.update((f"{position}.{theirs}", role + ours) for theirs, ours in parts.items())
     return layers
+
+
+NESTED_V3 = [_nested_v3(index) for index in range(1, 16)]
 
 
 def _timm(version: str, last: Dict[str, str]) -> Iterator[Tuple[str, str]]:
@@ -116,7 +114,7 @@ BACKBONES = [
         "torchvision_mobilenetv2",
         "torchvision's mobilenet_v2",
         ("features.18.0.weight", "features.1.conv.0.0.weight"),
-        dict(mobilenet("v2", "features.", nested_v2, "conv.")),
+        dict(mobilenet("v2", "features.", NESTED_V2, "conv.")),
         input_std=IMAGENET_STD,
         config={"MODEL.BATCH_NORM.EPS": 1e-5},
     ),
@@ -124,7 +122,7 @@ BACKBONES = [
         "torchvision_mobilenetv3_classifier",
         "torchvision's mobilenet_v3",
         ("features.16.0.weight", "features.1.block.0.0.weight"),
-        dict(mobilenet("v3", "features.", nested_v3, "block.")),
+        dict(mobilenet("v3", "features.", NESTED_V3, "block.")),
         input_std=IMAGENET_STD,
         config={"MODEL.BATCH_NORM.EPS": 1e-3, "MODEL.MOBILENET.SQUEEZE_FIRST": False},
     ),
@@ -149,7 +147,7 @@ BACKBONES = [
         "a MobileNetV3 classifier (d-li14)",
         ("features.4.conv.5.fc.0.weight", "conv.0.weight"),
         {
-            **dict(mobilenet("v3", "features.", flat_v3, "conv.")),
+            **dict(mobilenet("v3", "features.", FLAT_V3, "conv.")),
             "conv.0": f"{BODY}conv2",
             "conv.1": f"{BODY}conv2.norm",
         },
@@ -162,7 +160,7 @@ BACKBONES = [
         "qfgaohao_mobilenetv1_classifier",
         "a MobileNetV1 classifier (qfgaohao)",
         ("0.0.weight", "13.3.weight"),
-        dict(mobilenet("v1", "", lambda index: V1)),
+        dict(mobilenet("v1", "", V1)),
         config={"MODEL.BATCH_NORM.EPS": 1e-5},
     ),
     *(
@@ -170,7 +168,7 @@ BACKBONES = [
             "qfgaohao_mobilenetv2_classifier",
             "a MobileNetV2 classifier (qfgaohao)",
             (f"{prefix}1.conv.3.weight", f"{prefix}18.0.weight"),
-            dict(mobilenet("v2", prefix, flat_v2, "conv.")),
+            dict(mobilenet("v2", prefix, FLAT_V2, "conv.")),
             config={"MODEL.BATCH_NORM.EPS": 1e-5},
         )
         for prefix in ("", "features.")

@@ -4,7 +4,7 @@ import re
 from typing import Iterator, Tuple
 
 from ssd.checkpoint.lineage import Lineage, State, extras, heads, lite_heads
-from ssd.checkpoint.mobilenet import FLAT, V1, flat_v2, mobilenet
+from ssd.checkpoint.mobilenet import FLAT_V2, V1, mobilenet
 from ssd.checkpoint.vgg import vgg_layers
 
 __all__ = ["LINEAGES"]
@@ -18,8 +18,8 @@ _VGG = {**dict(vgg_layers("base_net.")), **_EXTRAS_AND_HEADS}
 
 
 def _mobilenetv2() -> Iterator[Tuple[str, str]]:
-    yield from mobilenet("v2", "base_net.", flat_v2, "conv.")
-    yield from extras("extras.{}.conv.", FLAT)
+    yield from mobilenet("v2", "base_net.", FLAT_V2, "conv.")
+    yield from extras("extras.{}.conv.", FLAT_V2[-1])
     yield from lite_heads(_CLS, _BOX, ".0", ".1", ".3", last_1x1=True)
 
 
@@ -45,7 +45,7 @@ LINEAGES = [
         "qfgaohao_mobilenetv1",
         "qfgaohao's MobileNetV1 SSD",
         ("classification_headers.0.weight", "base_net.1.3.weight"),
-        {**dict(mobilenet("v1", "base_net.", lambda index: V1)), **_EXTRAS_AND_HEADS},
+        {**dict(mobilenet("v1", "base_net.", V1)), **_EXTRAS_AND_HEADS},
         background_first=True,
     ),
     Lineage(

@@ -3,7 +3,7 @@
 from typing import Iterator, Tuple
 
 from ssd.checkpoint.lineage import BODY, Lineage, extras, heads, lite_heads
-from ssd.checkpoint.mobilenet import mobilenet, nested_v3
+from ssd.checkpoint.mobilenet import NESTED_V3, mobilenet
 from ssd.checkpoint.vgg import CONV_NAMES
 
 __all__ = ["LINEAGES"]
@@ -26,7 +26,7 @@ def _vgg() -> Iterator[Tuple[str, str]]:
 
 
 def _mobilenetv3() -> Iterator[Tuple[str, str]]:
-    for theirs, ours in mobilenet("v3", "", nested_v3, "block."):
+    for theirs, ours in mobilenet("v3", "", NESTED_V3, "block."):
         # cut inside block 13: "0.13" is its expansion, "1.0" the rest of it
         index, rest = theirs.split(".", 1)
         if int(index) < 13:
