@@ -1,6 +1,6 @@
 """VGG16: its layers' positions in the public models, and its classification weights."""
 
-from typing import Any, Dict, Iterator, Tuple
+from typing import Iterator, Tuple
 
 from ssd.checkpoint.lineage import BODY, IMAGENET_STD, Lineage, State
 
@@ -35,10 +35,6 @@ def subsample_fc(state: State, fc6: str, fc7: str) -> State:
     return result
 
 
-def _has_classifier(state: State, meta: Dict[str, Any]) -> bool:
-    return not state["classifier.0.weight"].isnan().any()
-
-
 # Only VGG16 without BatchNorm has layers with weights at both 26 and 28.
 _IN_TORCHVISION = (
     "features.0.weight",
@@ -59,7 +55,7 @@ BACKBONES = [
             "classifier.3": f"{BODY}fc7",
         },
         input_std=IMAGENET_STD,
-        condition=_has_classifier,
+        condition=lambda state, meta: not state["classifier.0.weight"].isnan().any(),
         prepare=lambda state: subsample_fc(state, "classifier.0", "classifier.3"),
     ),
     # IMAGENET1K_FEATURES, with which torchvision's SSD300 starts, has NaN for a classifier.
@@ -69,7 +65,6 @@ BACKBONES = [
         _IN_TORCHVISION,
         dict(vgg_layers("features.")),
         input_std=_SSD_INPUT,
-        condition=lambda state, meta: not _has_classifier(state, meta),
     ),
     *(
         Lineage(
