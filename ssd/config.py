@@ -283,6 +283,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), cfg: Optional[CN] = 
         cfg.MODEL.DEVICE = "cpu"
     if is_ssd(cfg) and (keys := _keys_without_effect(cfg)):
         _warn(f"Without effect on an SSD and its own loaders: {', '.join(keys)}")
+    for node, key in ((cfg, "OUTPUT_DIR"), (cfg.MODEL, "WEIGHTS")):
+        node[key] = os.path.expanduser(node[key])
     register_datasets(cfg)
     cfg.freeze()
     return cfg

@@ -24,7 +24,7 @@ from detectron2.engine import (
     create_ddp_model,
     default_setup,
 )
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -33,7 +33,6 @@ from torch import nn
 
 from ssd import model_zoo
 from ssd.checkpoint import SSDCheckpointer
-from ssd.checkpoint.checkpointer import write_atomically
 from ssd.config import load_config
 from ssd.data.augmentations import build_augmentation
 from ssd.data.datasets import check_class_count
@@ -85,13 +84,17 @@ def setup(args):
         cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
-    path, kept = os.path.join(cfg.OUTPUT_DIR, "config.yaml"), b""
+    path, kept = os.path.join(cfg.OUTPUT_DIR, "config.yaml"), ""
     if args.eval_only and comm.is_main_process() and holds_training(cfg.OUTPUT_DIR):
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            kept = file.read()
-    default_setup(cfg, args)  # writes config.yaml
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, f"{path}.training")
+            kept = f"{path}.training"
+    try:
+        default_setup(cfg, args)  # writes config.yaml
+    finally:
+        if kept:
+            os.replace(kept, path)
     if kept:
-        write_atomically(path, lambda file: file.write(kept))
         logger.info("%s is again that of the training; this evaluation's is above", path)
     return cfg
 
@@ -109,6 +112,25 @@ def _check_output_dir(folder: str) -> None:
         raise type(error)(f"OUTPUT_DIR {folder!r} can't be written: {error}") from None
 
 
+def _lock_output_dir(folder: str):
+    """A file in ``folder`` that is locked for this process until it is closed; None where file
+    systems know no locks."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return None
+    file = open(os.path.join(folder, ".lock"), "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"OUTPUT_DIR {folder!r}: another process is training there; give this one another"
+        ) from None
+    except OSError:
+        return None
+    return file
+
+
 class Trainer(DefaultTrainer):
     """DefaultTrainer with our loaders, checkpoints, evaluators and training step.
 
@@ -117,16 +139,17 @@ class Trainer(DefaultTrainer):
     Attributes:
         cfg: the given one with the learning rate, MAX_ITER and STEPS that follow from it and from
             the size of the training set.
-        seconds: that :meth:`train` took.
+        seconds: that the last :meth:`train` took.
         evaluated: the iterations whose evaluations, where due, are done.
     """
 
-    evaluated = 0
+    evaluated, seconds = 0, 0.0
     _last_eval_results: Dict = {}  # if build_hooks gives no evaluation
 
     def __init__(self, cfg):
         TrainerBase.__init__(self)
         _check_output_dir(cfg.OUTPUT_DIR)
+        self._lock = _lock_output_dir(cfg.OUTPUT_DIR) if comm.is_main_process() else None
         for name in ("detectron2", "ssd"):
             log = logging.getLogger(name)
             if log.level != logging.NOTSET or log.isEnabledFor(logging.INFO):
@@ -263,14 +286,34 @@ class Trainer(DefaultTrainer):
             the results of the last evaluation, {} in all but the main process.
         """
         start = time.perf_counter()
+        if self.seconds:  # once more, as in a notebook: the first time closed its writers
+            for hook in self._hooks:
+                if isinstance(hook, PeriodicWriter):
+                    hook._writers = self.build_writers()
         try:
             TrainerBase.train(self, self.start_iter, self.max_iter)
         except EarlyStop:
             pass
-        self.seconds = time.perf_counter() - start
+        except Exception:
+            self._save_after_loader_error()
+            raise
+        finally:
+            self.seconds = time.perf_counter() - start
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
         return self._last_eval_results
+
+    def _save_after_loader_error(self) -> None:
+        """Saves what is trained so far if it was no step that failed, but getting its batch."""
+        step = self._trainer
+        if not isinstance(step, TrainingStep) or step.batch or self.iter == self.start_iter:
+            return
+        if comm.get_world_size() == 1:  # or the others would have to agree
+            self.iter -= 1  # the last one that was trained
+            with self.storage:
+                self.flush()
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+            logger.error("No batch for iteration %d; --resume goes on there", self.iter + 1)
 
     def build_hooks(self) -> List[HookBase]:
         cfg, test, model = self.cfg, self.cfg.TEST, self.evaluated_model

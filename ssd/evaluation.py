@@ -1,5 +1,7 @@
 """COCO's and Pascal VOC's average precision on any data set that is registered."""
 
+import contextlib
+import io
 import itertools
 import json
 import logging
@@ -154,12 +156,16 @@ class COCOBoxEvaluator(COCOEvaluator):
         coco_eval = None
         if results:
             logger.info(f"Evaluating {len(results)} detections with ssd.evaluation's BoxEval")
-            coco_eval = BoxEval(self._coco_api, self._coco_api.loadRes(results), "bbox")
+            with contextlib.redirect_stdout(io.StringIO()):
+                detections = self._coco_api.loadRes(results)
+            coco_eval = BoxEval(self._coco_api, detections, "bbox")
             if img_ids is not None:
                 coco_eval.params.imgIds = img_ids
             coco_eval.evaluate()
             coco_eval.accumulate()
-            coco_eval.summarize()
+            with contextlib.redirect_stdout(io.StringIO()) as table:
+                coco_eval.summarize()
+            logger.info("COCO's metrics:\n%s", table.getvalue().rstrip())
         names = self._metadata.get("thing_classes")
         self._results["bbox"] = self._derive_coco_results(coco_eval, "bbox", class_names=names)
 

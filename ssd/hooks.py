@@ -24,6 +24,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from ssd.checkpoint import SSDCheckpointer
 from ssd.checkpoint.checkpointer import write_atomically
 from ssd.drawing import class_name, draw_boxes
+from ssd.launch import stop_signals
 from ssd.modeling import SSD
 
 __all__ = [
@@ -342,7 +343,8 @@ class WandbWriter(EventWriter):
 
 
 class GracefulStop(HookBase):
-    """On Ctrl-C or SIGTERM finishes the iteration, saves, and exits with 128 + the signal's number.
+    """On Ctrl-C, SIGTERM or a hangup (its terminal's end, unless nohup) finishes the iteration,
+    saves, and exits with 128 + the signal's number.
 
     A second signal interrupts at once. Within ``ONE_SIGNAL`` seconds it is the same: one to a whole
     job comes from the launching process, too.
@@ -359,7 +361,7 @@ class GracefulStop(HookBase):
     def before_train(self) -> None:
         self._signal = 0  # of an earlier train()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:

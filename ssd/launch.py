@@ -1,7 +1,7 @@
 """The processes of a training: one, several of this machine or more, or one of torchrun's.
 
-Ctrl-C and SIGTERM are for the processes that train (:class:`ssd.hooks.GracefulStop`); the launching
-one passes them on and waits.
+Ctrl-C, SIGTERM and a hangup are for the processes that train (:class:`ssd.hooks.GracefulStop`);
+the launching one passes them on and waits.
 """
 
 import contextlib
@@ -10,16 +10,21 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import Callable
+from typing import Callable, List
 
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 
-__all__ = ["argument_parser", "end_process", "launch", "leave_process_group"]
+__all__ = ["argument_parser", "end_process", "launch", "leave_process_group", "stop_signals"]
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+def stop_signals() -> List[int]:
+    """Those that end a training: a hangup, too, unless the process was started by nohup."""
+    hangup = getattr(signal, "SIGHUP", None)
+    ends = hangup and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([hangup] if ends else [])]
 
 
 def argument_parser():
@@ -44,9 +49,9 @@ def launch(main: Callable, args) -> None:
     if args.num_gpus > 1 and torch.cuda.is_available():
         if args.num_gpus > (found := torch.cuda.device_count()):
             raise ValueError(f"--num-gpus {args.num_gpus}, but this machine has {found} GPUs")
-    handlers = {}
+    handlers, stops = {}, stop_signals()
     if args.num_gpus * args.num_machines > 1:
-        handlers = {number: signal.signal(number, _forward) for number in _STOPS}
+        handlers = {number: signal.signal(number, _forward) for number in stops}
     try:
         launch_processes(
             _run,
@@ -57,7 +62,7 @@ def launch(main: Callable, args) -> None:
             args=(main, args),
         )
     except torch.multiprocessing.ProcessExitedException as error:
-        for number in _STOPS:  # while it trained, or before
+        for number in stops:  # while it trained, or before
             if error.exit_code in (128 + number, -number):
                 raise SystemExit(128 + number) from None
         raise

@@ -48,10 +48,11 @@ class TrainingStep(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(enabled=amp_dtype == "float16")
         self._late = late
         self._unreported = None
-        self.batch: List[Dict] = []  # of the last step
+        self.batch: List[Dict] = []  # of the last step; empty if the loader failed
 
     def run_step(self) -> None:
         start = time.perf_counter()
+        self.batch = []
         self.batch = data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 

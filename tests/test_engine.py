@@ -5,6 +5,9 @@ import math
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from trainers import ScriptedTrainer, checkpoint, in_two_processes, train
 
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
+from ssd.data.loader import build_train_loader
+from ssd.data.mapper import SSDDatasetMapper
 from ssd.engine import Trainer, TrainingStep, draw_detections, setup
 from ssd.hooks import WeightAverage
 from ssd.launch import argument_parser
@@ -263,6 +268,86 @@ def test_a_failure_in_the_last_iteration_is_not_evaluated(tiny_cfg):
     assert Failing.evaluations == 0
     train(tiny_cfg("SOLVER.MAX_ITER", 1), Failing)
     assert Failing.evaluations == 1
+
+
+def test_what_is_trained_is_kept_if_the_loader_fails(tiny_cfg, caplog, assert_equal):
+    class FailingMapper(SSDDatasetMapper):
+        left = 3 * 4  # images
+
+        def __call__(self, record):
+            if not self.left:
+                raise ValueError("image a.jpg is truncated")
+            self.left -= 1
+            return super().__call__(record)
+
+    class Failing(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_train_loader(cfg, FailingMapper(cfg, is_train=True))
+
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()")
+    with pytest.raises(ValueError, match="a.jpg"):
+        train(cfg, Failing)
+    assert "No batch for iteration 3; --resume goes on there" in caplog.text
+    assert saved(cfg) == {"model_0000002.pth"}
+    train(cfg, resume=True)
+    found = checkpoint(cfg, "model_final.pth")["model"]
+    train(cfg)
+    assert_equal(found, checkpoint(cfg, "model_final.pth")["model"], "model")
+    FailingMapper.left = 0
+    shutil.rmtree(cfg.OUTPUT_DIR)
+    with pytest.raises(ValueError, match="a.jpg"):
+        train(cfg, Failing)
+    assert not saved(cfg)
+
+
+def test_an_interrupted_trainer_goes_on(tiny_cfg, assert_equal):
+    """As in a notebook: the same Trainer once more."""
+
+    class Interrupted(Trainer):
+        signals = [signal.SIGINT]
+
+        def run_step(self):
+            super().run_step()
+            if self.iter == 2 and self.signals:
+                signal.raise_signal(self.signals.pop())
+
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()")
+    seed_all_rng(cfg.SEED)
+    trainer = Interrupted(cfg)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    trainer.resume_or_load(True)
+    trainer.train()
+    with open(f"{cfg.OUTPUT_DIR}/metrics.json") as file:
+        logged = [json.loads(line)["iteration"] for line in file]
+    assert logged[-1] == 4
+    found = checkpoint(cfg, "model_final.pth")["model"]
+    shutil.rmtree(cfg.OUTPUT_DIR)
+    train(cfg)
+    assert_equal(found, checkpoint(cfg, "model_final.pth")["model"], "model")
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_cfg):
+    cfg = tiny_cfg()
+    code = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    os.makedirs(cfg.OUTPUT_DIR)
+    command = [sys.executable, "-c", code, f"{cfg.OUTPUT_DIR}/.lock"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="OUTPUT_DIR.*another process is training there"):
+            Trainer(cfg)
+        other.stdin.close()
+    for _ in range(2):  # one process may have several
+        trainer = Trainer(cfg)
+    assert trainer._lock
 
 
 def test_exploding_loss_stops_a_run(tiny_cfg):
@@ -523,7 +608,7 @@ def test_missing_test_data_show_before_the_training(tiny_cfg, repo, tmp_path, ti
     base = str(repo / "labs/quickstart/config.yaml")
     lab.write_text(json.dumps({"_BASE_": base, "DATASETS": sets}))
     with pytest.raises(FileNotFoundError, match="a.json.*t_gone.ANNOTATIONS"):
-        Trainer(load_config(str(lab), tiny_opts))
+        Trainer(load_config(str(lab), [*tiny_opts, "OUTPUT_DIR", str(tmp_path)]))
 
 
 @pytest.mark.parametrize("reference, expected", [(0, 0.04), (16, 0.01), (2, 0.08)])

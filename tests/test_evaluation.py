@@ -325,6 +325,22 @@ def test_coco_converts_anew(tmp_path):
         assert detect(evaluator, [[(B, 0, 0.5)]])["bbox"]["AP50"] == pytest.approx(100)
 
 
+def test_metrics_are_logged_and_need_no_terminal(tmp_path, caplog, monkeypatch):
+    """pycocotools prints them; what reads the output may have ended."""
+    caplog.set_level("INFO", "ssd")
+    register([[(A, 0)]], ["cat"])
+    evaluator = COCOBoxEvaluator(NAME, str(tmp_path))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        with os.fdopen(writer, "w", buffering=1) as closed:
+            patch.setattr("sys.stdout", closed)
+            results = detect(evaluator, [[(A, 0, 0.5)]])
+            print("fails")
+    assert results["bbox"]["AP50"] == pytest.approx(100)
+    assert "(AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 1.000" in caplog.text
+
+
 def test_images_that_were_not_evaluated_are_told(tmp_path, caplog):
     register([[(A, 0)], [(B, 0)]], ["one"])
     evaluator = COCOBoxEvaluator(NAME, str(tmp_path))

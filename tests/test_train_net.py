@@ -184,6 +184,13 @@ def test_killed_and_interrupted_run_resumes_to_the_same_weights(
     assert last < 29 and not (tmp_path / "model_final.pth").exists()
     assert (tmp_path / "last_checkpoint").read_text() == f"model_{last:07d}.pth"
 
+    hung_up = start(RUN, tmp_path, "--resume")
+    hung_up.wait_for_checkpoint(after=last)
+    hung_up.send(signal.SIGHUP)
+    code, text = hung_up.wait()
+    assert code == 129 and "Traceback" not in text, text[-3000:]
+    last = checkpoints(tmp_path)[-1]
+
     code, text = start(RUN, tmp_path, "--resume").wait()
     assert code == 0, text[-3000:]
     assert first_iteration(text) == last + 1

@@ -82,6 +82,8 @@ def check_torch():
         torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torchvision"
+        if "getpwuid" in str(error):  # torch asks for the user's name
+            mend = "export USER=any_name, as this user id has none"
         failing = "%s, which fails with %s" % (pip_version("torchvision"), first_line(error))
         expected = "%s, built for torch %s" % (wanted, torch.__version__)
         yield problem("torchvision", "none" if missing else failing, expected, mend)

@@ -28,14 +28,18 @@ def _send(batch: Batch) -> tuple:
     order = sorted(enumerate(pickler.tensors), key=lambda x: -x[1].element_size())
     layout = [(number, x.dtype, x.shape, x.numel() * x.element_size()) for number, x in order]
     try:
+        flat = [x.contiguous().as_strided((x.numel(),), (1,)) for _, x in order]
+        parts = [x.view(torch.uint8).numpy() for x in flat]
+    except RuntimeError:  # not plain memory
+        return list, (list(batch),)
+    try:
         with open(os.memfd_create("batch"), "wb") as file:
-            for _, x in order:
-                flat = x.contiguous().as_strided((x.numel(),), (1,))
-                file.write(flat.view(torch.uint8).numpy())
+            for part in parts:
+                file.write(part)
             file.seek(0)
             return _receive, (stream.getvalue(), layout, reduction.DupFd(file.fileno()))
-    except (AttributeError, OSError, RuntimeError):  # not Linux, not allowed, not plain memory
-        return list, (list(batch),)
+    except (AttributeError, OSError):  # not Linux, not allowed, no socket: TMPDIR is too long
+        return _receive, (stream.getvalue(), layout, b"".join(parts))  # through the pipe itself
 
 
 reduction.ForkingPickler.register(Batch, _send)  # for processes only, not for files and copies
@@ -66,12 +70,12 @@ class _Unpickler(pickle.Unpickler):
         return self.tensors[number]
 
 
-def _receive(data: bytes, layout: List[tuple], fd) -> list:
+def _receive(data: bytes, layout: List[tuple], source) -> list:
     sizes = [size for *_, size in layout]
     # a GPU reads pinned memory by itself, and torch doesn't pin it once more
     pin_memory = torch.cuda.is_initialized()
     packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin_memory)
-    with open(fd.detach(), "rb") as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source.detach(), "rb") as file:
         file.readinto(packed.numpy())
     tensors = [None] * len(layout)
     for part, (number, dtype, shape, _) in zip(packed.split(sizes), layout):

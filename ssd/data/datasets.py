@@ -211,7 +211,7 @@ def _coco(name: str, entry: dict) -> tuple:
             records = load_coco_json(json_file, images, name)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             # which say what, but not in which file
-            text = str(error.args[0]).rstrip(".")
+            text = str(error if isinstance(error, UnicodeError) else error.args[0]).rstrip(".")
             raise ValueError(
                 f"{json_file} ({key}.ANNOTATIONS): {type(error).__name__}: {text}; "
                 "tools/doctor.py lists what is wrong with it"

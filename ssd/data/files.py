@@ -9,7 +9,14 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-__all__ = ["IMAGE_EXTENSIONS", "datasets_folder_text", "image_size", "read_image", "require"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "datasets_folder_text",
+    "image_size",
+    "read_image",
+    "read_text",
+    "require",
+]
 
 # what counts as an image in a folder
 IMAGE_EXTENSIONS = tuple(
@@ -20,6 +27,15 @@ IMAGE_EXTENSIONS = tuple(
 def require(path: str, origin: str) -> None:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist (from {origin}; {datasets_folder_text()})")
+
+
+def read_text(path: str, key: str) -> str:
+    """A text file in UTF-8; ``key`` of the config that it comes from, for the error."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            return file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} ({key}) isn't UTF-8, save it as such: {error}") from None
 
 
 def datasets_folder_text() -> str:

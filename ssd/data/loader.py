@@ -226,9 +226,11 @@ def _say_where(what: str) -> Iterator[None]:
 def _init_worker(_: int) -> None:
     cv2.setNumThreads(0)
     keep_freed_memory()
-    # Ctrl-C, and a SIGTERM to the whole job, are the main process's to handle, which needs its
-    # workers until it has; it ends them by a SIGTERM of its own
+    # Ctrl-C, a hangup and a SIGTERM to the whole job are the main process's to handle, which needs
+    # its workers until it has; it ends them by a SIGTERM of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_when_parent_says, daemon=True).start()

@@ -8,7 +8,7 @@ from typing import Optional, Sequence
 
 from detectron2.structures import BoxMode
 
-from ssd.data.files import IMAGE_EXTENSIONS, image_size, require
+from ssd.data.files import IMAGE_EXTENSIONS, image_size, read_text, require
 
 __all__ = ["read_voc"]
 
@@ -48,8 +48,8 @@ def read_voc(
     for file in os.listdir(image_folder):
         if file.lower().endswith(IMAGE_EXTENSIONS):
             images[os.path.splitext(file)[0]].append(file)
-    with open(list_file, encoding="utf-8-sig") as f:
-        ids = dict.fromkeys(line.strip() for line in f if line.strip())
+    lines = read_text(list_file, f"{key}.SPLIT").split("\n")
+    ids = dict.fromkeys(line.strip() for line in lines if line.strip())
     records = []
     for image_id in ids:
         xml_file = os.path.join(root, "Annotations", f"{image_id}.xml")

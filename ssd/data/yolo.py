@@ -8,7 +8,7 @@ from typing import Sequence
 import yaml
 from detectron2.structures import BoxMode
 
-from ssd.data.files import IMAGE_EXTENSIONS, image_size, require
+from ssd.data.files import IMAGE_EXTENSIONS, image_size, read_text, require
 
 __all__ = ["read_class_names", "read_yolo"]
 
@@ -51,7 +51,7 @@ def read_yolo(
     require(images, f"{key}.IMAGES")
     is_list = images.endswith(".txt")
     root = os.path.dirname(images) if is_list else images
-    names = _listed_images(images) if is_list else _images_in(images)
+    names = _listed_images(images, f"{key}.IMAGES") if is_list else _images_in(images)
     records, problems, label_files = [], [], []
     for name in names:
         file_name = os.path.join(root, name)
@@ -89,10 +89,9 @@ def read_yolo(
     return records
 
 
-def _listed_images(path: str) -> list[str]:
-    with open(path, encoding="utf-8-sig") as f:
-        names = (line.strip() for line in f)
-        return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
+def _listed_images(path: str, key: str) -> list[str]:
+    names = (line.strip() for line in read_text(path, key).split("\n"))
+    return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
 
 
 def _images_in(folder: str) -> list[str]:
@@ -161,17 +160,17 @@ def read_class_names(root: str, file_name: str, key: str) -> list[str]:
     path = next(filter(os.path.isfile, paths), paths[-1])
     others = f", nor does {paths[0]}" if len(paths) > 1 else ""
     require(path, f"{key}.CLASSES, which may be a list of names or a file{others}")
-    with open(path, encoding="utf-8-sig") as f:
-        if path.endswith((".yaml", ".yml")):
-            try:
-                content = yaml.load(f, Loader=yaml.BaseLoader)  # strings only: a class may be "no"
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path} is not valid YAML ({key}.CLASSES): {error}") from None
-            names = content.get("names") if isinstance(content, dict) else None
-            if isinstance(names, dict):
-                names = [names.get(str(i)) for i in range(len(names))]
-        else:
-            names = [line.strip() for line in f if line.strip()]
+    text = read_text(path, f"{key}.CLASSES")
+    if path.endswith((".yaml", ".yml")):
+        try:
+            content = yaml.load(text, Loader=yaml.BaseLoader)  # strings only: a class may be "no"
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML ({key}.CLASSES): {error}") from None
+        names = content.get("names") if isinstance(content, dict) else None
+        if isinstance(names, dict):
+            names = [names.get(str(i)) for i in range(len(names))]
+    else:
+        names = [line.strip() for line in text.split("\n") if line.strip()]
     valid = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     if not valid or len(set(names)) < len(names):
         raise ValueError(

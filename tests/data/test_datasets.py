@@ -79,6 +79,9 @@ def test_coco_errors(tmp_path):
         path.write_text(broken)
         with pytest.raises(ValueError, match=f"train.json .*t_coco.ANNOTATIONS.: {text}.*doctor"):
             DatasetCatalog.get("t_coco")
+    path.write_bytes(content.replace("dog", "\u00f6").encode("utf-16"))
+    with pytest.raises(ValueError, match="UnicodeDecodeError: 'utf-8' codec can't decode byte"):
+        DatasetCatalog.get("t_coco")
     register_datasets(make_cfg({"t_coco": {**COCO, "IMAGES": "pictures"}}))
     with pytest.raises(FileNotFoundError, match="pictures.*t_coco.IMAGES = 'pictures'"):
         DatasetCatalog.get("t_coco")

@@ -126,6 +126,10 @@ def test_voc_errors(tmp_path):
     load_fails(FileNotFoundError, "train.txt", f"{key}.SPLIT = 'train'", f"is '{tmp_path}'")
     write_voc(root, {"a": voc_xml(voc_object((1, 1, 5, 5), "cow"))})
     load_fails(ValueError, "a.xml", "'cow'", f"{key}.CLASSES is ['cat', 'dog']")
+    split = root / "ImageSets/Main/train.txt"
+    split.write_bytes("Größe".encode("cp1252"))
+    load_fails(ValueError, f"{split} ({key}.SPLIT) isn't UTF-8")
+    write_voc(root, {"a": voc_xml()})
     (root / "Annotations/a.xml").write_text("<annotation><size>")
     load_fails(ValueError, "a.xml is not valid XML", key)
     os.remove(root / "Annotations/a.xml")

@@ -222,6 +222,10 @@ def test_yolo_errors(tmp_path):
         load_fails(ValueError, "data.yaml needs different names", key, CLASSES=[])
     (root / "data.yaml").write_text("names: [")
     load_fails(ValueError, "data.yaml is not valid YAML", f"{key}.CLASSES", CLASSES="data.yaml")
+    (root / "names.txt").write_bytes(b"K\xe4fer")
+    load_fails(ValueError, "names.txt", f"{key}.CLASSES", "isn't UTF-8", CLASSES="names.txt")
+    (root / "train.txt").write_bytes(b"\xe4.jpg")
+    load_fails(ValueError, "train.txt", f"{key}.IMAGES", "isn't UTF-8", IMAGES="train.txt")
     (root / "train.txt").write_text("images/train/b.jpg")
     load_fails(ValueError, f"{key}: 1 errors", "y/images/train/b.jpg", IMAGES="train.txt")
 

@@ -247,6 +247,7 @@ def test_check_is_content_with_a_complete_environment(tmp_path):
             "which fails with NotImplementedError: torchvision::nms; "
             "expected 0.26, built for torch 2.11.0+cpu; mend",
         ),
+        ("torchvision/ops.py", "raise KeyError('getpwuid(): uid not found: 7')", "export USER="),
         ("cv2.py", "raise ImportError('libGL.so.1')", "cv2: found one that fails with ImportError"),
         ("detectron2/engine.py", "import yaml", "needs yaml; expected one that imports; mend it"),
         ("detectron2/model_zoo.py", "import pkg_resources", "pip install 'setuptools<81'"),
