@@ -73,6 +73,7 @@ def setup(args):
 
     Raises:
         OSError: ``OUTPUT_DIR`` can't be written.
+        ValueError: another process is training there.
         See also :func:`load_config`.
     """
     weights = dict(zip(args.opts[::2], args.opts[1::2])).get("MODEL.WEIGHTS", "")
@@ -83,6 +84,10 @@ def setup(args):
     else:
         cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
+    if not args.eval_only and comm.is_main_process():
+        lock = _lock_output_dir(cfg.OUTPUT_DIR)  # before a file of another training is replaced
+        if lock:
+            lock.close()  # the Trainer's lasts
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
     path, kept = os.path.join(cfg.OUTPUT_DIR, "config.yaml"), ""
     if args.eval_only and comm.is_main_process() and holds_training(cfg.OUTPUT_DIR):

@@ -34,6 +34,7 @@ MESSAGES = [
     ": is --dataset the one that was evaluated?",
     "They would fit as x1, y1, x2, y2, but COCO's are x, y, width, height.",
     " without area or outside the image",
+    ": another process is training there; give this one another",
 ]
 
 

@@ -328,7 +328,7 @@ def test_an_interrupted_trainer_goes_on(tiny_cfg, assert_equal):
     assert_equal(found, checkpoint(cfg, "model_final.pth")["model"], "model")
 
 
-def test_two_processes_do_not_train_in_one_folder(tiny_cfg):
+def test_two_processes_do_not_train_in_one_folder(tiny_cfg, repo, tiny_opts):
     cfg = tiny_cfg()
     code = """
 import fcntl, sys
@@ -344,6 +344,12 @@ sys.stdin.read()
         other.stdout.readline()
         with pytest.raises(ValueError, match="OUTPUT_DIR.*another process is training there"):
             Trainer(cfg)
+        lab = str(repo / "labs" / "quickstart" / "config.yaml")
+        args = ["--config-file", lab, *tiny_opts, "OUTPUT_DIR", cfg.OUTPUT_DIR]
+        with pytest.raises(ValueError, match="another process is training there"):
+            setup(argument_parser().parse_args(args))
+        assert os.listdir(cfg.OUTPUT_DIR) == [".lock"]
+        setup(argument_parser().parse_args(["--eval-only", *args]))
         other.stdin.close()
     for _ in range(2):  # one process may have several
         trainer = Trainer(cfg)
