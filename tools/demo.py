@@ -8,6 +8,7 @@ In a lab::
 """
 
 import argparse
+import copy
 import itertools
 import os
 import sys
@@ -139,7 +140,10 @@ def run_video(args, parser) -> tuple:
         parser.error(f"--output {args.output} would overwrite the video {path}")
     predictor = build_predictor(args)
     metadata = getattr(predictor, "metadata", Metadata())
-    visualizer, writer = VideoVisualizer(metadata), None
+    drawn = copy.copy(metadata)
+    if names := drawn.get("thing_classes"):  # matplotlib takes what is between two $ for a formula
+        drawn.__dict__["thing_classes"] = [name.replace("$", r"\$") for name in names]
+    visualizer, writer = VideoVisualizer(drawn), None
     total = 0 if args.webcam else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     count, records, interrupted = 0, [], False
     try:

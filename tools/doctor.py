@@ -182,7 +182,7 @@ def write_copy(data, leaked, args, report):
         print(f"  {line}")
     if len(changes) > 100:
         path = f"{args.fix}.changes.txt"
-        with open(path, "w", encoding="utf-8") as f:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(f"{line}\n" for line in changes)
         print(f"  … and {len(changes) - 100} more: all are in {path}")
     if not changes:
@@ -208,8 +208,9 @@ def main():
     args = parser.parse_args()
     if args.fix and not args.config_file:
         parser.error("--fix needs --config-file")
-    if args.fix and os.path.exists(args.fix):
-        parser.error(f"--fix {args.fix} exists; nothing is changed in place: give another name")
+    for path in (args.fix, f"{args.fix}.changes.txt") if args.fix else ():
+        if os.path.exists(path):
+            parser.error(f"--fix: {path} exists; nothing is changed in place: give another name")
     if args.fix and not os.path.isdir(os.path.dirname(args.fix) or "."):
         parser.error(f"--fix {args.fix}: there is no such folder")
     if hasattr(sys.stdout, "reconfigure"):  # not in notebooks

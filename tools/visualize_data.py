@@ -190,6 +190,7 @@ class Matches:
             axes.add_patch(_rectangle(box, lw=3, ec="white", path_effects=_outline(6), zorder=3))
             axes.text(
                 box[0], box[1], f"{label}: {counts.sum()}", color="white", zorder=4, size=9,
+                parse_math=False,
                 va="bottom" if box[1] > height / 20 else "top",
                 bbox={"facecolor": "black", "alpha": 0.8, "pad": 1, "edgecolor": "none"},
             )  # fmt: skip

@@ -1,5 +1,6 @@
 """Data sets named in the config: ``DATASETS.REGISTER`` maps a name to what Detectron2 registers."""
 
+import collections
 import difflib
 import logging
 import os
@@ -209,7 +210,8 @@ def _coco(name: str, entry: dict) -> tuple:
             metadata.__dict__.pop(known, None)  # load_coco_json sets the file's own
         try:
             records = load_coco_json(json_file, images, name)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            _check_types(records, MetadataCatalog.get(name).thing_classes)
+        except (AssertionError, KeyError, RecursionError, TypeError, ValueError) as error:
             # which say what, but not in which file
             text = str(error if isinstance(error, UnicodeError) else error.args[0]).rstrip(".")
             raise ValueError(
@@ -218,8 +220,8 @@ def _coco(name: str, entry: dict) -> tuple:
             ) from None
         if entry["KEEP_IDS"]:
             _keep_ids(records, metadata, f"{key}.KEEP_IDS")
-        names = metadata.thing_classes
-        if twice := sorted({x for x in names if names.count(x) > 1}):
+        counts = collections.Counter(metadata.thing_classes)
+        if twice := sorted(x for x, count in counts.items() if count > 1):
             raise ValueError(
                 f"{json_file} ({key}.ANNOTATIONS) has several categories of the same name: "
                 f"{', '.join(twice)}; rename or merge them"
@@ -235,6 +237,21 @@ def _coco(name: str, entry: dict) -> tuple:
 
     metadata = {"json_file": json_file, "image_root": images, "evaluator_type": "coco"}
     return load, {**metadata, **({"thing_classes": entry["CLASSES"]} if entry["CLASSES"] else {})}
+
+
+def _check_types(records: list[dict], names: Sequence[str]) -> None:
+    """Of values that JSON may hold, and that fail or are misread later."""
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a category is {name!r}, not text")
+    for record in records:
+        for key in ("height", "width"):
+            if not (record[key] is None or isinstance(record[key], (int, float))):
+                found = f"{key} of {record['file_name']} is {record[key]!r}"
+                raise TypeError(f"{found}, not a number")
+        for annotation in record["annotations"]:
+            if isinstance(annotation.get("iscrowd"), str):
+                raise TypeError(f"iscrowd is {annotation['iscrowd']!r}, not 0 or 1")
 
 
 def _keep_ids(records: list[dict], metadata: Metadata, key: str) -> None:
@@ -273,6 +290,8 @@ def _shapes(name: str, entry: dict) -> tuple:
 def _check_entry(name: str, node: Any) -> dict:
     """The entry with its defaults filled in and ROOT made a path from the current folder."""
     key = f"DATASETS.REGISTER.{name}"
+    if os.path.isabs(name) or ".." in name.split("/"):  # its results get a folder of this name
+        raise ValueError(f"{key}: a data set's name must not lead out of OUTPUT_DIR")
     if not isinstance(node, dict):
         raise ValueError(f"{key} is {node!r}; it must be a mapping such as {{FORMAT: coco, …}}")
     value = str(node.get("FORMAT"))

@@ -45,12 +45,40 @@ def datasets_folder_text() -> str:
 
 
 def image_size(file_name: str) -> tuple[int, int]:
-    """(height, width) from the file's header, turned as EXIF says."""
-    with Image.open(file_name) as image:
-        width, height = image.size
-        if image.format == "TIFF":  # which Pillow may have turned itself
-            width, height = image.tag_v2[256], image.tag_v2[257]
-        return (width, height) if image.getexif().get(0x0112) in range(5, 9) else (height, width)
+    """(height, width) from the file's header, turned as EXIF says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no readable header; names it.
+    """
+    try:
+        with Image.open(file_name) as image:
+            (width, height), exif = image.size, Image.Exif()
+            if image.format == "PNG" and _has_exif(image.fp):
+                image.load()  # it may follow the pixels; getexif() would decode every PNG
+            exif.load(image.info.get("exif"))
+            orientation = exif.get(0x0112)
+            if image.format == "TIFF":  # which Pillow may have turned itself
+                width, height = image.tag_v2[256], image.tag_v2[257]
+                orientation = image.tag_v2.get(0x0112)
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError:  # large, but what read_image takes
+        return read_image(file_name).shape[:2]
+    except Exception as error:  # Pillow raises anything, without the name
+        raise ValueError(f"image {file_name} has no readable header: {error}") from None
+    return (width, height) if orientation in range(5, 9) else (height, width)
+
+
+def _has_exif(png) -> bool:
+    """Whether a PNG has such a chunk; the file's position stays."""
+    start, found = png.tell(), False
+    png.seek(8)
+    while not found and len(head := png.read(8)) == 8:
+        found = head[4:] == b"eXIf"
+        png.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    png.seek(start)
+    return found
 
 
 def read_image(
@@ -74,6 +102,8 @@ def read_image(
     """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT: 'RGB' or 'BGR', got {image_format!r}")
+    if os.path.exists(file_name) and not os.path.isfile(file_name):
+        raise ValueError(f"image {file_name} is no regular file")
     try:
         reader = PathManager.open if "://" in str(file_name) else open
         with reader(file_name, "rb") as file:
@@ -120,7 +150,10 @@ def _decode(data: bytes, rgb: bool, flags: int = 0) -> Optional[np.ndarray]:
     if not data:
         return None
     color = getattr(cv2, "IMREAD_COLOR_RGB", None) if rgb else cv2.IMREAD_COLOR
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | (color or cv2.IMREAD_COLOR))
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | (color or cv2.IMREAD_COLOR))
+    except cv2.error:  # a header that claims more pixels than OpenCV takes
+        return None
     if color or image is None:
         return image
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV before 4.11

@@ -3,6 +3,7 @@
 import collections
 import logging
 import os
+import reprlib
 from typing import Sequence
 
 import yaml
@@ -57,7 +58,7 @@ def read_yolo(
         file_name = os.path.join(root, name)
         try:
             height, width = image_size(file_name)
-        except OSError as error:  # names the file
+        except (OSError, ValueError) as error:  # names the file
             problems.append(str(error))
             continue
         record = {"file_name": file_name, "image_id": name, "height": height, "width": width}
@@ -68,9 +69,16 @@ def read_yolo(
         )
         problems += found
         records.append(record)
+    counts = collections.Counter(label_files)
+    shared = [
+        f"{path} is of {n} images of one name"
+        for path, n in counts.items()
+        if n > 1 and os.path.isfile(path)
+    ]
     if is_list and labels:  # images of several folders
-        counts = collections.Counter(label_files)
-        problems += [f"{path} is of {n} images of one name" for path, n in counts.items() if n > 1]
+        problems += shared
+    elif shared:  # copies in two formats, perhaps
+        logger.warning(f"{images}: {shared[0]}" + f", {len(shared) - 1} more" * (len(shared) > 1))
     if problems:
         more = [f"and {len(problems) - 50} more"] if len(problems) > 50 else []
         raise ValueError(f"{key}: {len(problems)} errors:\n" + "\n".join(problems[:50] + more))
@@ -174,6 +182,7 @@ def read_class_names(root: str, file_name: str, key: str) -> list[str]:
     valid = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     if not valid or len(set(names)) < len(names):
         raise ValueError(
-            f"{key}.CLASSES: {path} needs different names of the classes 0, 1, …, got {names!r}"
+            f"{key}.CLASSES: {path} needs different names of the classes 0, 1, …, got "
+            f"{reprlib.repr(names)}"
         )
     return names

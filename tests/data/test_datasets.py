@@ -75,6 +75,10 @@ def test_coco_errors(tmp_path):
         (content[:-5], "JSONDecodeError: "),
         (f"[{content}]", "AssertionError: .*'list'"),
         (content.replace('"annotations": [', '"annotations": [null, '), "TypeError: "),
+        (content.replace('"width": 40', '"width": "40"'), "TypeError: width of .*1.jpg is '40'"),
+        (content.replace('"dog"', "5"), "TypeError: the name of a category is 5, not text"),
+        (content.replace('"bbox"', '"iscrowd": "0", "bbox"'), "TypeError: iscrowd is '0'"),
+        ("[" * 100000, "RecursionError: "),
     ):
         path.write_text(broken)
         with pytest.raises(ValueError, match=f"train.json .*t_coco.ANNOTATIONS.: {text}.*doctor"):
@@ -122,6 +126,8 @@ def test_the_datasets_folder_is_followed(monkeypatch):
     "name, entry, message",
     [
         ("x", "voc", r"REGISTER.x is 'voc'; it must be a mapping"),
+        ("a/../../b", VOC, "REGISTER.a/../../b: a data set's name must not lead out of OUTPUT_DIR"),
+        ("/tmp/b", VOC, "REGISTER./tmp/b: a data set's name must not lead out of OUTPUT_DIR"),
         ("x", {"FORMAT": "cocoo"}, r"x.FORMAT is 'cocoo'.*did you mean coco"),
         ("x", {"SPLIT": "val"}, r"x.FORMAT is 'None'; it must be one of \['coco', 'voc', 'yolo'"),
         ("x", {**VOC, "SPLITT": "a"}, r"x.SPLITT = 'a'.*did you mean SPLIT"),

@@ -1,4 +1,5 @@
 import copy
+import os
 
 import cv2
 import numpy as np
@@ -81,6 +82,20 @@ def test_empty_and_unreadable_files_are_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.jpg is"):
         read_image(str(path))
+
+
+def test_a_header_of_more_pixels_than_opencv_takes(tmp_path):
+    content = bytearray(cv2.imencode(".bmp", np.zeros((4, 4, 3), np.uint8))[1].tobytes())
+    content[18:26] = (60000).to_bytes(4, "little") * 2
+    (tmp_path / "bomb.bmp").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bomb\.bmp is empty or no readable image"):
+        read_image(str(tmp_path / "bomb.bmp"))
+
+
+def test_what_never_ends_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"pipe\.jpg is no regular file"):
+        read_image(str(tmp_path / "pipe.jpg"))
 
 
 @pytest.mark.parametrize("name, reason", [

@@ -8,8 +8,10 @@ from catalog import YOLO, clean_catalog, make_cfg  # noqa: F401
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from ssd.data.datasets import check_class_count, read_every_box, register_datasets
+from ssd.data.files import image_size
 from ssd.data.mapper import read_image
 from ssd.data.yolo import read_yolo
 from ssd.evaluation import COCOBoxEvaluator, VOCEvaluator
@@ -48,7 +50,7 @@ def test_yolo(tmp_path, caplog):
     assert cat["category_id"] == 0 and cat["bbox"] == pytest.approx([8, 12, 12, 18])
 
 
-@pytest.mark.parametrize("extension", ["jpg", "tif"])
+@pytest.mark.parametrize("extension", ["jpg", "tif", "png"])
 def test_yolo_size_is_turned_as_exif_says(tmp_path, extension):
     os.makedirs(tmp_path / "images")
     exif = Image.Exif()
@@ -129,12 +131,15 @@ def test_yolo_names_every_defective_line_and_image(tmp_path):
     lines += ["0 .5 .5 -.1 .1", "-1 0 0 0 0"]
     write_yolo(tmp_path / "y", {"a.jpg": lines, "b.jpg": ["x"]})
     (tmp_path / "y/images/train/c.jpg").write_bytes(b"no image")
+    Image.new("RGB", (40, 30)).save(tmp_path / "whole.png")
+    cut = (tmp_path / "whole.png").read_bytes()[:20]
+    (tmp_path / "y/images/train/d.png").write_bytes(cut)
     register_datasets(make_cfg({"t_yolo": YOLO}))
     with pytest.raises(ValueError) as info:
         DatasetCatalog.get("t_yolo")
     first, *found = str(info.value).splitlines()
     folder = tmp_path / "y/labels/train"
-    assert first == "DATASETS.REGISTER.t_yolo: 11 errors:"
+    assert first == "DATASETS.REGISTER.t_yolo: 12 errors:"
     assert found[:3] == [
         f"{folder}/a.txt, line 2: class 2 isn't one of 0 to 1: '2 .5 .5 .1 .1'",
         f"{folder}/a.txt, line 3: 4 values, not class cx cy w h: '0 .5 .5 .1'",
@@ -144,9 +149,9 @@ def test_yolo_names_every_defective_line_and_image(tmp_path):
     for number, reason in zip((6, 7, 8, 9, 10), [*reasons, "aren't fractions"]):
         assert f"a.txt, line {number}: " in found[number - 3] and reason in found[number - 3]
     assert "line 11: class -1 isn't" in found[8] and f"{folder}/b.txt, line 1" in found[9]
-    assert "c.jpg" in found[10] and len(found) == 11
+    assert "c.jpg" in found[10] and "d.png" in found[11] and len(found) == 12
     write_yolo(tmp_path / "y", {"a.jpg": ["x"] * 60})
-    with pytest.raises(ValueError, match="62 errors:(?s:.*)\nand 12 more$"):
+    with pytest.raises(ValueError, match="63 errors:(?s:.*)\nand 13 more$"):
         DatasetCatalog.get("t_yolo")
 
 
@@ -173,9 +178,26 @@ def test_yolo_class_names_from_a_file(tmp_path, file, text):
     assert MetadataCatalog.get("t_yolo").thing_classes == ["cat", "no"]
 
 
-def test_yolo_images_of_one_name(tmp_path):
-    """Of a list with LABELS they would share a file."""
+def test_a_size_is_read_from_the_header_alone(tmp_path, monkeypatch):
+    """Decoding takes a second for 20 megapixels."""
+    monkeypatch.setattr(ImageFile, "load", lambda image: pytest.fail("decoded"))
+    for extension in ("jpg", "png", "bmp", "tif"):
+        cv2.imwrite(str(tmp_path / f"a.{extension}"), np.zeros((30, 40, 3), np.uint8))
+        assert image_size(str(tmp_path / f"a.{extension}")) == (30, 40)
+
+
+def test_a_size_that_pillow_takes_for_a_bomb(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((30, 40, 3), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert image_size(str(tmp_path / "a.jpg")) == (30, 40)
+
+
+def test_yolo_images_of_one_name(tmp_path, caplog):
+    """Of a list with LABELS they would share a file; beside one another they may be copies."""
     root = tmp_path / "y"
+    write_yolo(root, {"a.jpg": ["0 .5 .5 1 1"], "a.png": None}, "both", "both")
+    assert [len(x["annotations"]) for x in read_yolo(str(root / "both"), "", ["cat"])] == [1, 1]
+    assert "both/a.txt is of 2 images of one name" in caplog.text
     for folder in ("1", "2"):
         write_yolo(root, {"a.jpg": None}, folder)
     write_yolo(root, {"a.jpg": ["0 .5 .5 1 1"]}, "copies", "notes")

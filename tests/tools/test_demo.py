@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import start
+from detectron2.data import Metadata
 from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
@@ -152,7 +153,15 @@ def test_nothing_readable_is_a_failure(demo, capsys):
     assert "empty.jpg can't be read" in capsys.readouterr().err
 
 
-def test_video(demo):
+def test_video(demo, monkeypatch):
+    predictor = tool.build_predictor
+
+    def with_odd_names(args):
+        found = predictor(args)
+        found.metadata = Metadata(thing_classes=["US$ 5_ / AU$ 5_"] * 6)
+        return found
+
+    monkeypatch.setattr(tool, "build_predictor", with_odd_names)
     writer = cv2.VideoWriter("clip.avi", cv2.VideoWriter_fourcc(*"MJPG"), 5.0, (64, 48))
     for level in range(5):
         writer.write(np.full((48, 64, 3), level * 40, np.uint8))
@@ -165,9 +174,11 @@ def test_video(demo):
     assert frames[5] is None and [x.shape for x in frames[:5]] == [(48, 64, 3)] * 5
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(5)
     with open("clip.csv", newline="") as file:
-        assert {(x["image_id"], x["file_name"]) for x in csv.DictReader(file)} == {
-            (str(i), "clip.avi") for i in range(5)
-        }
+        rows = list(csv.DictReader(file))
+    assert {(x["image_id"], x["file_name"]) for x in rows} == {
+        (str(i), "clip.avi") for i in range(5)
+    }
+    assert "US$ 5_ / AU$ 5_" in rows[0].values()
 
 
 @pytest.mark.parametrize(

@@ -663,6 +663,10 @@ def test_exit_codes(lab, monkeypatch):
         run("--fix", str(lab.folder / "train.json"))
     with pytest.raises(SystemExit):
         run("--fix", str(lab.folder / "missing/cleaned.json"))
+    (lab.folder / "new.json.changes.txt").write_text("notes")
+    with pytest.raises(SystemExit):
+        run("--fix", str(lab.folder / "new.json"))
+    assert "new.json.changes.txt exists; nothing is changed" in lab.capsys.readouterr().err
     lab.image(0).write_bytes(b"")
     assert run() == 1
 

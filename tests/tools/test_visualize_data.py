@@ -131,7 +131,7 @@ def test_matches_of_known_objects(tiny_cfg):
     assert matches.counts(matches.gt == 0)[1].sum() == 0
     assert matches.table(["box", "dot"]).splitlines()[2].split()[-len(counts[0]) - 1] == "2x2,"
     image = np.full((96, 96, 3), 120, np.uint8)
-    with_objects = matches.draw(image, ["box", "dot"])
+    with_objects = matches.draw(image, ["US$ 5_ / AU$ 5_", "dot"])  # no formula
 
     empty = tool.Matches(model, instances_of())
     assert empty.counts().shape == (0, len(model.boxes_per_level)) and empty.table([]) == ""
