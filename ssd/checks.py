@@ -11,8 +11,17 @@ __all__ = [
     "check_number",
     "check_positive",
     "check_range",
+    "is_detectron2s",
     "is_ssd",
 ]
+
+
+def is_detectron2s(cfg) -> bool:
+    """Whether ``MODEL.META_ARCHITECTURE`` is one of Detectron2's, which have keys of their own."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name not in META_ARCH_REGISTRY:
+        return False
+    return META_ARCH_REGISTRY.get(name).__module__.startswith("detectron2.")
 
 
 def is_ssd(cfg) -> bool:

@@ -51,14 +51,15 @@ def build_evaluator(
 def check_records(cfg: CfgNode, dataset_name: str) -> None:
     """Checks what ``cfg.TEST.EVALUATORS`` read of each image of a data set of one's own.
 
-    Those of DATASETS.REGISTER and in COCO's format have it, and aren't read for this.
+    Those that DATASETS.REGISTER names and in COCO's format have it, and aren't read for this.
 
     Raises:
         ValueError: an evaluator that doesn't exist, an image without ``height``, ``width`` or
             ``image_id``, or two with the same.
     """
     evaluators, metadata = _evaluators(cfg), MetadataCatalog.get(dataset_name)
-    if not evaluators or dataset_name in cfg.DATASETS.REGISTER or metadata.get("json_file"):
+    from_ssd = metadata.get("registered_by") == "ssd"
+    if not evaluators or from_ssd or metadata.get("json_file"):
         return
     needed = ("image_id", "height", "width") if "coco" in evaluators else ("image_id",)
     records = DatasetCatalog.get(dataset_name)

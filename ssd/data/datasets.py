@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ssd.checks import is_ssd
+from ssd.checks import is_detectron2s
 from ssd.data import shapes
 from ssd.data.boxes import box_defect, find_box_defects, xyxy_boxes
 from ssd.data.files import require
@@ -83,7 +83,7 @@ def register_datasets(cfg: CfgNode) -> None:
         prepare = {"coco": _coco, "voc": _voc, "yolo": _yolo, "shapes": _shapes}[entry["FORMAT"]]
         load, metadata = prepare(name, entry)
         DatasetCatalog.register(name, load)
-        MetadataCatalog.get(name).set(**metadata)
+        MetadataCatalog.get(name).set(registered_by="ssd", **metadata)
         _registered[name] = entry
 
 
@@ -113,8 +113,8 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
 
     Raises:
         ValueError: for an unknown data set, one whose class count isn't MODEL.SSD.NUM_CLASSES
-            (other models have other keys), or classes that differ in name or order between the
-            data sets.
+            (Detectron2's own models have other keys), or classes that differ in name or order
+            between the data sets.
     """
     check_names(cfg, is_train)
     first = None
@@ -136,7 +136,7 @@ def check_class_count(cfg: CfgNode, is_train: bool = True) -> None:
                 where = f"the categories of {metadata.json_file}"
             elif name in _registered:
                 where = f"DATASETS.REGISTER.{name}.CLASSES"
-            if is_ssd(cfg) and len(classes) != cfg.MODEL.SSD.NUM_CLASSES:
+            if not is_detectron2s(cfg) and len(classes) != cfg.MODEL.SSD.NUM_CLASSES:
                 raise ValueError(
                     f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:10])}"
                     f"{', …' if len(classes) > 10 else ''}) but MODEL.SSD.NUM_CLASSES is "

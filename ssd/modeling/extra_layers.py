@@ -15,6 +15,7 @@ from ssd.modeling.blocks import (
     check_out_features,
     conv_block,
     init_convolutions,
+    set_batch_norm,
 )
 
 __all__ = ["L2Norm", "SSDBackbone", "build_ssd_backbone"]
@@ -159,4 +160,4 @@ def _extra_layer(in_channels: int, row: Sequence[int], block: str, **kwargs: str
 @BACKBONE_REGISTRY.register()
 def build_ssd_backbone(cfg, input_shape: ShapeSpec) -> SSDBackbone:
     """``MODEL.SSD.BOTTOM_UP`` with L2Norm and extra layers."""
-    return SSDBackbone(cfg, input_shape)
+    return set_batch_norm(SSDBackbone(cfg, input_shape), cfg)

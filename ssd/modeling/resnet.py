@@ -27,7 +27,7 @@ def build_ssd_resnet_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         for name in backbone._out_feature_strides:
             if name in ("res4", "res5"):
                 backbone._out_feature_strides[name] //= 2
-    return backbone
+    return set_batch_norm(backbone, cfg)
 
 
 @BACKBONE_REGISTRY.register()

@@ -177,8 +177,8 @@ class SSD(DenseDetector):
             features = [features[name] for name in self.head_in_features]
             if not all("instances" in x for x in batched_inputs):
                 raise ValueError(
-                    "training needs each image's 'instances' (a mapper's for training); "
-                    "model.eval() first for detections"
+                    "training needs each image's 'instances' (from a mapper for training, and a "
+                    "record with 'annotations'); model.eval() first for detections"
                 )
             gt_instances = [x["instances"] for x in batched_inputs]
             return self.forward_training(images, features, self.head(features), gt_instances)
@@ -200,8 +200,8 @@ class SSD(DenseDetector):
     def _apply(self, *args, **kwargs):
         boxes = self.default_boxes
         moved = super()._apply(*args, **kwargs)
-        if self.default_boxes.element_size() < boxes.element_size():
-            self.default_boxes = boxes.to(self.device)  # bfloat16 would round them to 2 pixels
+        if self.default_boxes.element_size() < 4:  # bfloat16 would round them to 2 pixels
+            self.default_boxes = boxes.to(self.device, torch.float32)
         if self.cuda_graph:  # it reads the weights' old memory
             self.cuda_graph.forget()
         return moved
@@ -348,14 +348,14 @@ class SSD(DenseDetector):
         # padded where they are, on the host: the device gets three tensors, whatever N
         boxes = pad_sequence([x.gt_boxes.tensor for x in gt_instances], batch_first=True)
         classes = pad_sequence([x.gt_classes.long() for x in gt_instances], batch_first=True)
-        if not classes.is_cuda:  # from Detectron2's loader; a GPU's would have to be waited for
-            _check_classes(classes, self.num_classes)
         counts = torch.tensor([len(x) for x in gt_instances], device=boxes.device)
         if not boxes.shape[1]:
             boxes, classes = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1))
         boxes = boxes.to(self.default_boxes.dtype) * boxes.new_tensor(scales)[:, None]
         valid = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
         valid &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)  # False for NaN
+        if classes.device.type == "cpu":  # a GPU's would have to be waited for
+            _check_classes(classes, valid, self.num_classes)
         return tuple(map(self._to_device, (boxes, classes, valid)))
 
     def _resize(self, images: Tensor) -> Tensor:
@@ -396,8 +396,8 @@ class SSD(DenseDetector):
         return sizes
 
 
-def _check_classes(classes: Tensor, num_classes: int) -> None:
-    for wrong in classes[(classes < 0) | (classes >= num_classes)].tolist():
+def _check_classes(classes: Tensor, valid: Tensor, num_classes: int) -> None:
+    for wrong in classes[valid & ((classes < 0) | (classes >= num_classes))].tolist():
         raise ValueError(
             f"gt_classes must be 0 to {num_classes - 1} (MODEL.SSD.NUM_CLASSES is {num_classes}), "
             f"got {wrong}"

@@ -186,6 +186,9 @@ def test_check_class_count(tmp_path):
     other = make_cfg(entries, ["t_voc"], [], 80)
     other.MODEL.META_ARCHITECTURE = "RetinaNet"  # which has a key of its own
     check_class_count(other)
+    other.MODEL.META_ARCHITECTURE = "of one's own"  # perhaps an SSD in a function or a module
+    with pytest.raises(ValueError, match="MODEL.SSD.NUM_CLASSES is 80"):
+        check_class_count(other)
     with pytest.raises(ValueError, match="'t_new' of DATASETS.REGISTER isn't registered"):
         check_class_count(make_cfg({"t_new": VOC}, ["t_new"], []))
 

@@ -338,8 +338,11 @@ def test_default_boxes_keep_their_precision():
     losses, expected = model(batch()), make_model()(batch())
     for name, loss in losses.items():  # the same matches and targets
         assert loss.item() == pytest.approx(expected[name].item(), rel=0.03)
-    assert torch.equal(make_model().double().default_boxes, exact.double())
-    assert make_model().to("meta").default_boxes.is_meta
+    assert model.default_boxes.dtype == make_model().double().float().default_boxes.dtype
+    double = make_model().double().default_boxes
+    assert double.dtype == torch.float64 and torch.equal(double, exact.double())
+    moved = make_model().to("meta", torch.bfloat16).default_boxes
+    assert moved.is_meta and moved.dtype == torch.float32
 
 
 def test_the_callers_autocast_counts():
@@ -382,11 +385,15 @@ def test_tracing_says_what_can_be_traced():
 def test_classes_that_the_head_does_not_have(wrong):
     with pytest.raises(ValueError, match=f"0 to 2 .MODEL.SSD.NUM_CLASSES is 3., got {wrong}"):
         make_model()(batch(last_class=wrong))
+    ignored = batch()
+    ignored[0]["instances"] = ground_truth([[5, 5, 5, 50]], [wrong])  # without area
+    assert all(map(torch.isfinite, make_model()(ignored).values()))
 
 
 def test_training_needs_objects():
-    with pytest.raises(ValueError, match="'instances'.*eval"):
-        make_model()([{"image": image()}])
+    for inputs in ([{"image": image()}], [*batch(), {"image": image()}]):
+        with pytest.raises(ValueError, match="'instances'.*eval"):
+            make_model()(inputs)
 
 
 def test_classes_may_be_of_any_integer_type():
@@ -485,6 +492,12 @@ def test_same_padding_reaches_backbone_and_extra_layers():
     torch.testing.assert_close(layers[0](x), layers[1](x))
 
 
+def test_weights_are_in_the_memory_format():
+    for flag, memory_format in (("True", torch.channels_last), ("False", torch.contiguous_format)):
+        weight = make_model("MODEL.SSD.CHANNELS_LAST", flag).backbone.bottom_up.conv1.weight
+        assert weight.is_contiguous(memory_format=memory_format)
+
+
 def test_memory_format_changes_no_result():
     results = [
         detect(make_predictor("MODEL.SSD.CHANNELS_LAST", flag), {"image": image()})[0]
@@ -505,11 +518,15 @@ def test_batch_norm_keys_reach_every_layer():
     assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_batch_norm_keys_reach_our_backbones_in_other_models(version):
-    cfg = make_config("MODEL.BATCH_NORM.EPS", "0.007", "MODEL.SSD.IN_FEATURES", "['stage4']")
-    build = BACKBONE_REGISTRY.get(f"build_mobilenetv{version}_backbone")
-    layers = [m for m in build(cfg, ShapeSpec(3)).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+@pytest.mark.parametrize("name, feature", [
+    ("mobilenetv1", "stage4"), ("mobilenetv2", "stage4"), ("mobilenetv3", "stage4"),
+    ("regnet", "s4"), ("ssd_resnet", "res4"), ("ssd", "stage4"),
+])  # fmt: skip
+def test_batch_norm_keys_reach_our_backbones_in_other_models(name, feature):
+    opts = "MODEL.BATCH_NORM.EPS 0.007 MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0".split()
+    cfg = make_config(*opts, "MODEL.SSD.IN_FEATURES", f"['{feature}']")
+    backbone = BACKBONE_REGISTRY.get(f"build_{name}_backbone")(cfg, ShapeSpec(3))
+    layers = [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(layers) > 20 and {m.eps for m in layers} == {0.007}
 
 

@@ -341,6 +341,10 @@ def test_cases_of_the_arguments():
         benchmark.parse("--tasks losses --models tiny --batch-sizes 8 --dtypes bf16".split())
     )
     assert list(losses.contenders) == ["ours bf16", "copy"]
+    worst = list(
+        benchmark.cases(benchmark.parse("--tasks postprocess --models tiny --dtypes bf16".split()))
+    )[-1]
+    assert {dtype for _, dtype in worst.contenders.values()} == {"bf16", ""}
     args = benchmark.parse(
         f"--tasks predict --dtypes fp32 bf16 --contenders ours --before {ROOT}".split()
     )

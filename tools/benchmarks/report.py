@@ -73,7 +73,7 @@ def case_limit(result: Dict, report: Dict, name: str) -> Optional[Dict]:
     if "copy" not in rates:
         return None
     if task in ("postprocess", "losses"):
-        seconds = outputs_limit(model, rates, dtype, result["batch_size"])
+        seconds = outputs_limit(model, rates, dtype or "fp32", result["batch_size"])
         return {"seconds": seconds * (2 if task == "losses" else 1), "by": "copy"}  # gradients, too
     if dtype not in rates:
         return None
