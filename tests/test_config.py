@@ -232,3 +232,10 @@ def test_subclasses_are_ssds_too(repo, caplog, monkeypatch):
     monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "own_model", lambda cfg: None)
     for name in ("not imported yet", "own_model"):
         load_config("", ["MODEL.META_ARCHITECTURE", name])
+
+
+def test_home_in_paths(monkeypatch, repo):
+    monkeypatch.setenv("HOME", "/home/me")
+    opts = ["OUTPUT_DIR", "~/runs", "MODEL.WEIGHTS", "~/a.pth"]
+    cfg = load_config(str(repo / "labs/quickstart/config.yaml"), opts)
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("/home/me/runs", "/home/me/a.pth")
