@@ -311,7 +311,8 @@ class Trainer(DefaultTrainer):
     def _save_after_loader_error(self) -> None:
         """Saves what is trained so far if it was no step that failed, but getting its batch."""
         step = self._trainer
-        if not isinstance(step, TrainingStep) or step.batch or self.iter == self.start_iter:
+        # in before_train the iteration may be the one before the first
+        if not isinstance(step, TrainingStep) or step.batch or self.iter <= self.start_iter:
             return
         if comm.get_world_size() == 1:  # or the others would have to agree
             self.iter -= 1  # the last one that was trained

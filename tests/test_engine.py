@@ -301,6 +301,17 @@ def test_what_is_trained_is_kept_if_the_loader_fails(tiny_cfg, caplog, assert_eq
     assert not saved(cfg)
 
 
+def test_a_failed_evaluation_before_the_first_step_saves_nothing(tiny_cfg):
+    """A resumed run repeats the evaluation in which the one before it ended."""
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 6, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 2)
+    for resume, script in ((False, [1.0, RuntimeError("ends")]), (True, [RuntimeError("ends")])):
+        ScriptedTrainer.script = script
+        with pytest.raises(RuntimeError, match="ends"):
+            train(cfg, ScriptedTrainer, resume)
+        assert not ScriptedTrainer.script
+        assert saved(cfg) == {"model_0000001.pth", "model_0000003.pth"}
+
+
 def test_an_interrupted_trainer_goes_on(tiny_cfg, assert_equal):
     """As in a notebook: the same Trainer once more."""
 
