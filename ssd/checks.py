@@ -17,11 +17,14 @@ __all__ = [
 
 
 def is_detectron2s(cfg) -> bool:
-    """Whether ``MODEL.META_ARCHITECTURE`` is one of Detectron2's, which have keys of their own."""
+    """Whether ``MODEL.META_ARCHITECTURE`` is one of Detectron2's, which have keys of their own, or
+    derives from one."""
     name = cfg.MODEL.META_ARCHITECTURE
     if name not in META_ARCH_REGISTRY:
         return False
-    return META_ARCH_REGISTRY.get(name).__module__.startswith("detectron2.")
+    registered = META_ARCH_REGISTRY.get(name)
+    classes = getattr(registered, "__mro__", [registered])
+    return not is_ssd(cfg) and any(x.__module__.startswith("detectron2.") for x in classes)
 
 
 def is_ssd(cfg) -> bool:

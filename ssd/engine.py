@@ -9,9 +9,10 @@ import functools
 import inspect
 import logging
 import os
+import shutil
 import time
 import weakref
-from typing import Dict, List, Optional
+from typing import Dict, Iterator, List, Optional
 
 import torch
 import yaml
@@ -60,6 +61,11 @@ from ssd.summary import holds_training
 from ssd.test_time_augmentation import SSDWithTTA
 from ssd.training_step import TrainingStep
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 __all__ = ["Trainer", "TrainingStep", "draw_detections", "setup"]
 
 logger = logging.getLogger(__name__)
@@ -84,16 +90,14 @@ def setup(args):
     else:
         cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
-    if not args.eval_only and comm.is_main_process():
-        lock = _lock_output_dir(cfg.OUTPUT_DIR)  # before a file of another training is replaced
-        if lock:
-            lock.close()  # the Trainer's lasts
+    if not args.eval_only:
+        with _only_training_in(cfg.OUTPUT_DIR):  # before a file of another one is replaced
+            pass
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
     path, kept = os.path.join(cfg.OUTPUT_DIR, "config.yaml"), ""
     if args.eval_only and comm.is_main_process() and holds_training(cfg.OUTPUT_DIR):
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, f"{path}.training")
-            kept = f"{path}.training"
+            kept = shutil.copy(path, f"{path}.{os.getpid()}.tmp")
     try:
         default_setup(cfg, args)  # writes config.yaml
     finally:
@@ -117,23 +121,22 @@ def _check_output_dir(folder: str) -> None:
         raise type(error)(f"OUTPUT_DIR {folder!r} can't be written: {error}") from None
 
 
-def _lock_output_dir(folder: str):
-    """A file in ``folder`` that is locked for this process until it is closed; None where file
-    systems know no locks."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        return None
-    file = open(os.path.join(folder, ".lock"), "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(
-            f"OUTPUT_DIR {folder!r}: another process is training there; give this one another"
-        ) from None
-    except OSError:
-        return None
-    return file
+@contextlib.contextmanager
+def _only_training_in(folder: str) -> Iterator[None]:
+    """Keeps other processes from training in ``folder`` meanwhile, if its file system can."""
+    if fcntl is None or not comm.is_main_process():
+        yield
+        return
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"OUTPUT_DIR {folder!r}: another process is training there; give this one another"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 class Trainer(DefaultTrainer):
@@ -154,7 +157,6 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         TrainerBase.__init__(self)
         _check_output_dir(cfg.OUTPUT_DIR)
-        self._lock = _lock_output_dir(cfg.OUTPUT_DIR) if comm.is_main_process() else None
         for name in ("detectron2", "ssd"):
             log = logging.getLogger(name)
             if log.level != logging.NOTSET or log.isEnabledFor(logging.INFO):
@@ -289,6 +291,9 @@ class Trainer(DefaultTrainer):
 
         Returns:
             the results of the last evaluation, {} in all but the main process.
+
+        Raises:
+            ValueError: another process is training in OUTPUT_DIR.
         """
         start = time.perf_counter()
         if self.seconds:  # once more, as in a notebook: the first time closed its writers
@@ -296,7 +301,8 @@ class Trainer(DefaultTrainer):
                 if isinstance(hook, PeriodicWriter):
                     hook._writers = self.build_writers()
         try:
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+            with _only_training_in(self.cfg.OUTPUT_DIR):
+                TrainerBase.train(self, self.start_iter, self.max_iter)
         except EarlyStop:
             pass
         except Exception:

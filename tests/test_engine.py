@@ -1,4 +1,6 @@
 import copy
+import errno
+import fcntl
 import json
 import logging
 import math
@@ -13,7 +15,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
+from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
@@ -23,11 +31,13 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 from trainers import ScriptedTrainer, checkpoint, in_two_processes, train
 
+import ssd.engine
 from ssd.checkpoint import SSDCheckpointer
 from ssd.config import load_config
 from ssd.data.loader import build_train_loader
 from ssd.data.mapper import SSDDatasetMapper
 from ssd.engine import Trainer, TrainingStep, draw_detections, setup
+from ssd.evaluation import check_records
 from ssd.hooks import WeightAverage
 from ssd.launch import argument_parser
 from ssd.summary import write_summary
@@ -353,18 +363,65 @@ sys.stdin.read()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as other:
         other.stdout.readline()
+        trainer = Trainer(cfg)
         with pytest.raises(ValueError, match="OUTPUT_DIR.*another process is training there"):
-            Trainer(cfg)
+            trainer.train()
         lab = str(repo / "labs" / "quickstart" / "config.yaml")
         args = ["--config-file", lab, *tiny_opts, "OUTPUT_DIR", cfg.OUTPUT_DIR]
         with pytest.raises(ValueError, match="another process is training there"):
             setup(argument_parser().parse_args(args))
-        assert os.listdir(cfg.OUTPUT_DIR) == [".lock"]
+        assert "config.yaml" not in os.listdir(cfg.OUTPUT_DIR)
         setup(argument_parser().parse_args(["--eval-only", *args]))
         other.stdin.close()
-    for _ in range(2):  # one process may have several
-        trainer = Trainer(cfg)
-    assert trainer._lock
+
+    def refused():
+        code = (
+            "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        )
+        return subprocess.run([sys.executable, "-c", code, f"{cfg.OUTPUT_DIR}/.lock"]).returncode
+
+    during, trainer = [], Trainer(cfg)
+    trainer.register_hooks([HookBase()])
+    trainer._hooks[-1].after_step = lambda: during.append(refused())
+    trainer.train()
+    assert during[0] and not refused()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOLCK, errno.ENOSYS])
+def test_file_systems_without_locks(tiny_cfg, monkeypatch, code):
+    def lockf(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    if code == errno.EACCES:  # how some say that it is locked
+        with pytest.raises(ValueError, match="another process"):
+            train(tiny_cfg())
+    else:
+        train(tiny_cfg())
+
+
+def test_registered_sets_are_not_read_to_check_their_records(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg()
+    (name,) = cfg.DATASETS.TEST
+    monkeypatch.delattr(MetadataCatalog.get(name), "json_file", raising=False)
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: pytest.fail("read"))
+    check_records(cfg, name)
+
+
+def test_an_evaluation_by_the_trainings_own_config_keeps_it(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg("DATASETS.TEST", "()")
+    train(cfg)
+    path = f"{cfg.OUTPUT_DIR}/config.yaml"
+    with open(path, "w") as file:
+        file.write(cfg.dump())
+    args = argument_parser().parse_args(["--config-file", path, "--eval-only", "SEED", "5"])
+    setup(args)
+    monkeypatch.setattr(ssd.engine, "default_setup", lambda *_: os.truncate(path, 0) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        setup(args)
+    with open(path) as file:
+        assert file.read() == cfg.dump()
+    assert not [x for x in os.listdir(cfg.OUTPUT_DIR) if x.startswith("config.yaml.")]
 
 
 def test_exploding_loss_stops_a_run(tiny_cfg):

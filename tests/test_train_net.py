@@ -18,7 +18,7 @@ from ssd.engine import Trainer
 from ssd.launch import argument_parser
 
 TIMEOUT = 120  # seconds that one command may take on a busy machine
-RUN = "SOLVER.MAX_ITER 30 SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1"
+RUN = "SOLVER.MAX_ITER 60 SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1"
 EVALUATION = "TEST.EVALUATORS ['coco','voc'] TEST.AUG.ENABLED True TEST.AUG.CROPS [1,2]"
 # BatchNorm's statistics are each process's own; without it any number of processes is equal.
 SHARED = (
@@ -124,7 +124,7 @@ def whole_run(start, tmp_path_factory):
 
 def test_run_leaves_checkpoints_metrics_log_and_pictures(whole_run):
     output, text = whole_run
-    assert checkpoints(output) == list(range(2, 30, 3))
+    assert checkpoints(output) == list(range(2, 60, 3))
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert any("total_loss" in line for line in lines)
@@ -181,7 +181,7 @@ def test_killed_and_interrupted_run_resumes_to_the_same_weights(
     assert "Traceback" not in text
     assert re.search(r"Stopped after iteration \d+; continue with --resume", text)
     last = checkpoints(tmp_path)[-1]
-    assert last < 29 and not (tmp_path / "model_final.pth").exists()
+    assert last < 59 and not (tmp_path / "model_final.pth").exists()
     assert (tmp_path / "last_checkpoint").read_text() == f"model_{last:07d}.pth"
 
     hung_up = start(RUN, tmp_path, "--resume")
@@ -196,7 +196,7 @@ def test_killed_and_interrupted_run_resumes_to_the_same_weights(
     assert first_iteration(text) == last + 1
     resumed = read_checkpoint(tmp_path / "model_final.pth")
     expected = read_checkpoint(whole_run[0] / "model_final.pth")
-    assert resumed["iteration"] == 29
+    assert resumed["iteration"] == 59
     for key in ("model", "trainer"):  # the trainer's holds momentum and schedule
         assert_equal(resumed[key], expected[key], key)
 

@@ -22,8 +22,6 @@ from reports import charts, sections
 from reports.runs import read_run
 from reports.sections import Entry, Evaluated
 
-from ssd.checkpoint.checkpointer import write_atomically
-
 TEMPLATE = Path(__file__).parent / "reports" / "page.html"
 
 
@@ -97,9 +95,9 @@ def main():
     path = args.output or os.path.join(args.runs[0], "report.html")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     page = build_page([read_run(x, args.score_threshold) for x in args.runs], args.pictures)
-    content = page.encode("utf-8", "backslashreplace")  # files' names may be no UTF-8
-    write_atomically(path, lambda file: file.write(content))
-    print(f"Wrote {path} ({len(content) / 1e6:.1f} MB)")
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # of odd names
+        file.write(page)
+    print(f"Wrote {path} ({os.path.getsize(path) / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ class Batch(list):
     """
 
 
+_in_files = True  # until one can't be handed over: each DupFd that fails would keep its file
+
+
 def _send(batch: Batch) -> tuple:
+    global _in_files
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(list(batch))
@@ -33,13 +37,15 @@ def _send(batch: Batch) -> tuple:
     except RuntimeError:  # not plain memory
         return list, (list(batch),)
     try:
-        with open(os.memfd_create("batch"), "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.seek(0)
-            return _receive, (stream.getvalue(), layout, reduction.DupFd(file.fileno()))
+        if _in_files:
+            with open(os.memfd_create("batch"), "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.seek(0)
+                return _receive, (stream.getvalue(), layout, reduction.DupFd(file.fileno()))
     except (AttributeError, OSError):  # not Linux, not allowed, no socket: TMPDIR is too long
-        return _receive, (stream.getvalue(), layout, b"".join(parts))  # through the pipe itself
+        _in_files = False
+    return _receive, (stream.getvalue(), layout, b"".join(parts))  # through the pipe itself
 
 
 reduction.ForkingPickler.register(Batch, _send)  # for processes only, not for files and copies

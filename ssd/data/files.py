@@ -1,5 +1,6 @@
 """Files of data sets: where they are looked for, and images, read as they are to be seen."""
 
+import contextlib
 import os
 import re
 from typing import Optional
@@ -56,8 +57,10 @@ def image_size(file_name: str) -> tuple[int, int]:
             (width, height), exif = image.size, Image.Exif()
             if image.format == "PNG" and _has_exif(image.fp):
                 image.load()  # it may follow the pixels; getexif() would decode every PNG
-            exif.load(image.info.get("exif"))
-            orientation = exif.get(0x0112)
+            orientation = None
+            with contextlib.suppress(Exception):  # damaged ones, which OpenCV ignores
+                exif.load(image.info.get("exif"))
+                orientation = exif.get(0x0112)
             if image.format == "TIFF":  # which Pillow may have turned itself
                 width, height = image.tag_v2[256], image.tag_v2[257]
                 orientation = image.tag_v2.get(0x0112)
@@ -71,13 +74,12 @@ def image_size(file_name: str) -> tuple[int, int]:
 
 
 def _has_exif(png) -> bool:
-    """Whether a PNG has such a chunk; the file's position stays."""
-    start, found = png.tell(), False
+    """Whether a PNG has such a chunk."""
+    found = False
     png.seek(8)
     while not found and len(head := png.read(8)) == 8:
         found = head[4:] == b"eXIf"
         png.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-    png.seek(start)
     return found
 
 

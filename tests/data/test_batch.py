@@ -55,16 +55,17 @@ def test_a_loader_where_no_socket_can_be_made(tmp_path):
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     code = """
+import os
 import torch
 from ssd.data.batch import Batch
-loader = torch.utils.data.DataLoader(range(4), 2, num_workers=1, collate_fn=lambda numbers: Batch(
-    {"image": torch.full((3, 2), number)} for number in numbers
+loader = torch.utils.data.DataLoader(range(24), 2, num_workers=1, collate_fn=lambda numbers: Batch(
+    {"image": torch.full((3, 2), number), "open": len(os.listdir("/dev/fd"))} for number in numbers
 ))
-print([[x["image"].tolist() for x in batch] for batch in loader])
+batches = list(loader)
+assert batches[-1][0]["open"] < batches[0][0]["open"] + 4, "each leaves a file open"
+print([x["image"].tolist() for batch in batches for x in batch])
 """
-    assert run("-c", code, TMPDIR=folder).strip() == str(
-        [[[[number] * 2] * 3 for number in numbers] for numbers in ((0, 1), (2, 3))]
-    )
+    assert run("-c", code, TMPDIR=folder).strip() == str([[[i] * 2] * 3 for i in range(24)])
 
 
 def test_a_batch_in_a_file_can_be_read_twice():

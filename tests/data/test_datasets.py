@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from catalog import COCO, VOC, YOLO, clean_catalog, make_cfg  # noqa: F401
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from ssd.data import shapes
 from ssd.data.boxes import find_box_defects
 from ssd.data.datasets import check_class_count, register_datasets
+from ssd.modeling import SSD
 
 
 def write_coco(root, categories=((7, "dog"), (3, "cat"))):
@@ -165,7 +167,23 @@ def test_categories_of_one_name_are_refused(tmp_path):
         DatasetCatalog.get("t_coco")
 
 
-def test_check_class_count(tmp_path):
+@pytest.mark.parametrize("sizes", [(40, 30), (40.0, 30.0), (None, None), ("40", 30), (40, "30")])
+def test_sizes_may_be_null_or_fractions(tmp_path, sizes):
+    write_coco(tmp_path / "c")
+    path = tmp_path / "c/train.json"
+    content = json.loads(path.read_text())
+    content["images"][0].update(zip(("width", "height"), sizes))
+    path.write_text(json.dumps(content))
+    register_datasets(make_cfg({"t_coco": COCO}))
+    if str in map(type, sizes):
+        with pytest.raises(ValueError, match="(height|width) of .* is '.0', not a number"):
+            DatasetCatalog.get("t_coco")
+    else:
+        (record,) = DatasetCatalog.get("t_coco")
+        assert (record["width"], record["height"]) == sizes
+
+
+def test_check_class_count(tmp_path, monkeypatch):
     write_coco(tmp_path / "c")
     entries = {"t_voc": VOC, "t_coco": COCO, "t_turned": {**VOC, "CLASSES": ["dog", "cat"]}}
     register_datasets(make_cfg(entries))
@@ -186,6 +204,15 @@ def test_check_class_count(tmp_path):
     other = make_cfg(entries, ["t_voc"], [], 80)
     other.MODEL.META_ARCHITECTURE = "RetinaNet"  # which has a key of its own
     check_class_count(other)
+    with monkeypatch.context() as patch:
+        classes = {"MyRetinaNet": type("MyRetinaNet", (RetinaNet,), {})}
+        classes["MySSD"] = type("MySSD", (SSD,), {"__module__": "detectron2_own"})
+        patch.setattr(META_ARCH_REGISTRY, "_obj_map", {"SSD": SSD, **classes})
+        other.MODEL.META_ARCHITECTURE = "MyRetinaNet"
+        check_class_count(other)
+        other.MODEL.META_ARCHITECTURE = "MySSD"
+        with pytest.raises(ValueError, match="MODEL.SSD.NUM_CLASSES is 80"):
+            check_class_count(other)
     other.MODEL.META_ARCHITECTURE = "of one's own"  # perhaps an SSD in a function or a module
     with pytest.raises(ValueError, match="MODEL.SSD.NUM_CLASSES is 80"):
         check_class_count(other)

@@ -192,6 +192,32 @@ def test_a_size_that_pillow_takes_for_a_bomb(tmp_path, monkeypatch):
     assert image_size(str(tmp_path / "a.jpg")) == (30, 40)
 
 
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0"])
+def test_damaged_exif_is_ignored(tmp_path, exif):
+    """As OpenCV does."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    assert image_size(str(tmp_path / "a.jpg")) == (30, 40)
+
+
+def test_a_turned_png_whose_exif_follows_the_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png", exif=exif)
+    data = (tmp_path / "a.png").read_bytes()
+    chunk = data.index(b"eXIf") - 4
+    end = chunk + 12 + int.from_bytes(data[chunk : chunk + 4], "big")
+    last = data.index(b"IEND") - 4
+    assert chunk < data.index(b"IDAT")
+    moved = data[:chunk] + data[end:last] + data[chunk:end] + data[last:]
+    (tmp_path / "a.png").write_bytes(moved)
+    assert image_size(str(tmp_path / "a.png")) == (40, 30)
+
+
+def test_a_missing_image_has_its_own_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        image_size(str(tmp_path / "a.jpg"))
+
+
 def test_yolo_images_of_one_name(tmp_path, caplog):
     """Of a list with LABELS they would share a file; beside one another they may be copies."""
     root = tmp_path / "y"
@@ -201,7 +227,9 @@ def test_yolo_images_of_one_name(tmp_path, caplog):
     for folder in ("1", "2"):
         write_yolo(root, {"a.jpg": None}, folder)
     write_yolo(root, {"a.jpg": ["0 .5 .5 1 1"]}, "copies", "notes")
-    (root / "train.txt").write_text("1/a.jpg\n2/a.jpg\n")
+    write_yolo(root, {"b.jpg": ["0 .5 .5 1 1"]}, "3", "others")
+    (root / "train.txt").write_text("1/a.jpg\n2/a.jpg\n3/b.jpg\n")
+    assert len(read_yolo(str(root / "train.txt"), str(root / "others"), ["cat"])) == 3  # no a.txt
     with pytest.raises(ValueError, match="notes/a.txt is of 2 images of one name"):
         read_yolo(str(root / "train.txt"), str(root / "notes"), ["cat"])
 

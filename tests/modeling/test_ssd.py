@@ -335,6 +335,7 @@ def test_default_boxes_keep_their_precision():
     exact, model = make_model().default_boxes, make_model()
     assert torch.equal(model.to(torch.bfloat16).default_boxes, exact)
     assert next(model.parameters()).dtype == torch.bfloat16
+    assert torch.equal(make_model().half().float().bfloat16().half().default_boxes, exact)
     losses, expected = model(batch()), make_model()(batch())
     for name, loss in losses.items():  # the same matches and targets
         assert loss.item() == pytest.approx(expected[name].item(), rel=0.03)
