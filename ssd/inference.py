@@ -2,11 +2,13 @@
 
 import copy
 import logging
+import textwrap
 from typing import Iterator
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -137,13 +139,24 @@ def compile_network(model: SSD) -> None:
     """Compiles backbone, head, loss, and on GPUs post-processing, at their first run, in place;
     names of parameters stay.
 
-    What can't be compiled runs as it is, and torch's log says why.
+    What can't be compiled runs as it is, and the log says why.
     """
     from torch import _dynamo  # takes seconds
 
     _dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_say_why)
     for module in (model.backbone, model.head):
         module.compile()
     model.multibox_loss = torch.compile(model.multibox_loss)
     if model.device.type == "cuda":
         model.best_detections = torch.compile(model.best_detections)
+
+
+def _say_why(record: logging.LogRecord) -> bool:
+    """Of what can't be compiled one line in our log, instead of 300 of torch's per function."""
+    if not record.exc_info or logging.getLogger(record.name).isEnabledFor(logging.DEBUG):
+        return True
+    reason = textwrap.shorten(str(record.exc_info[1]).strip().partition("\n\n")[0], 300)
+    text = "MODEL.COMPILE: not all can be compiled: %s (TORCH_LOGS=+dynamo says more)"
+    log_first_n(logging.WARNING, text % reason, key="message", name=__name__)
+    return False

@@ -14,7 +14,7 @@ from ssd import model_zoo
 from ssd.config import load_config
 from ssd.cuda_graph import CudaGraph
 from ssd.engine import Trainer
-from ssd.inference import fold_batch_norm, fuse_relu, optimize
+from ssd.inference import compile_network, fold_batch_norm, fuse_relu, optimize
 from ssd.modeling.blocks import conv_block
 
 LABS = {
@@ -206,3 +206,16 @@ def test_compiled_network_has_the_same_detections(tiny_cfg):
     assert len(expected) == len(actual) > 20
     torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-5)
     assert model.backbone._compiled_call_impl is None
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_why_once(tiny_cfg, caplog):
+    def fails(*args):
+        raise RuntimeError("no compiler")
+
+    compile_network(build_model(tiny_cfg()))
+    for value in (1, 2):
+        add = torch.compile(lambda x: x + value, backend=fails)
+        assert add(torch.zeros(1)) == value
+    (record,) = (x for x in caplog.records if x.levelname == "WARNING")
+    assert record.name == "ssd.inference"
+    assert record.message.endswith("no compiler (TORCH_LOGS=+dynamo says more)")

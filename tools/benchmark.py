@@ -8,9 +8,9 @@
 Each contender is a process of its own, and so is each of its dtypes. All of a case run in turns,
 once per round, so that whatever else the machine does hits all alike. Printed are medians over the
 rounds, how many times faster each is than the peers (× torchvision: the ratio of the medians), and
-how near to the limit: the convolutions' FLOPs over the machine's measured rate of a matrix
-product, bytes over its measured rate of copying where that is longer, for data the time to decode
-the JPEGs. MMDetection takes part where it is installed.
+how near to the limit: the convolutions' FLOPs over the machine's measured rate (of a convolution,
+on a GPU of a matrix product), bytes over its measured rate of copying where that is longer, for
+data the time to decode the JPEGs. MMDetection takes part where it is installed.
 
 Tasks:
   data         640x480 JPEG file -> augmented uint8 tensor and boxes; one process, one thread
@@ -87,7 +87,7 @@ def cases(args) -> Iterator[Case]:
         dtypes = args.dtypes if task in (*NETWORK_TASKS, *OUTPUT_TASKS) else [""]
         contenders = {reporting.label(x, d): (x, d) for d in dtypes for x in names}
         if task in NETWORK_TASKS:
-            contenders |= {reporting.label("matmul", d): ("matmul", d) for d in dtypes}
+            contenders |= {reporting.label("arithmetic", d): ("arithmetic", d) for d in dtypes}
         if task in (*NETWORK_TASKS, *OUTPUT_TASKS):
             contenders["copy"] = ("copy", "")
         models = args.models[:1] if task == "eval" else args.models

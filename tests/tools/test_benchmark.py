@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from benchmarks import contenders, inputs, machine, report, worker
+from benchmarks import contenders, inputs, machine, profiling, report, worker
 from benchmarks.contenders.torchvision import TorchvisionFiles
 from commands import run
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -231,12 +232,12 @@ def test_the_faster_of_torchvisions_chains_counts():
 
 
 def test_limits_follow_from_rates_measured_in_turns():
-    case = result(ours_fp32=[0.2], matmul_fp32=[0.1, 0.2, 0.3], copy=[0.5])
-    case["contenders"]["matmul fp32"]["found"] = {"flops": 8e9}
+    case = result(ours_fp32=[0.2], arithmetic_fp32=[0.1, 0.2, 0.3], copy=[0.5])
+    case["contenders"]["arithmetic fp32"]["found"] = {"flops": 8e9}
     case["contenders"]["copy"]["found"] = {"bytes": 4e9}
     assert report.machine_rates(case["contenders"]) == {"fp32": 4e10, "copy": 8e9}
     ours = report.summarise(case, REPORT)["ours fp32"]
-    assert ours["limit"] == {"seconds": pytest.approx(4 * 1e9 / 4e10), "by": "matmul"}
+    assert ours["limit"] == {"seconds": pytest.approx(4 * 1e9 / 4e10), "by": "arithmetic"}
     assert ours["of_limit"] == pytest.approx(0.5)
     slow = report.network_limit(COST, {"fp32": 4e10, "copy": 1e8}, "fp32", 4)
     assert slow == {"seconds": pytest.approx(4 * 5e6 / 1e8), "by": "copy"}
@@ -284,6 +285,48 @@ def test_shares_of_a_task_are_those_of_its_parts():
         "- m, batch 8, ours bf16: `train-step` takes 95 % of `train-loop`",
         "- m, batch 8, ours bf16: `losses` takes 5 % of `train-step`",
     ]
+
+
+def test_what_waits_for_a_gpu_is_found_on_a_cpu():
+    x = torch.arange(4.0)
+
+    def run():
+        x[x > 1].sum().item()
+        x.tolist()
+        x.unique().numpy()
+        x + 1
+
+    found = profiling._called_lines(run)
+    assert sorted(line.split(": ")[1] for line in found) == sorted(
+        ["_local_scalar_dense", "index by a mask", "tolist", "_unique2", "numpy"]
+    )
+    assert all(f"{__file__}:" in line for line in found) and found.total() == 5
+
+
+def test_a_loop_is_as_slow_as_its_loader(tmp_path):
+    """Not as what was read ahead while others were timed; an image takes 0.1 s, a step less."""
+    slow = """
+import time
+_read = read_image
+def read_image(*args):
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    return _read(*args)
+"""
+    shutil.copytree(ROOT / "ssd", tmp_path / "ssd", ignore=shutil.ignore_patterns("*.pyc"))
+    (tmp_path / "labs").symlink_to(ROOT / "labs")
+    with open(tmp_path / "ssd/data/files.py", "a") as file:
+        file.write(slow)
+    arguments = (
+        "--tasks train-loop --models tiny --batch-sizes 2 --rounds 3 --warmup 1 --workers 2 "
+        f"--images {IMAGES} --smooth-images --threads 1 --contenders mmdet --before {tmp_path} "
+        f"--min-seconds 0 --json {tmp_path / 'out.json'}"
+    ).split()
+    run("tools/benchmark.py", *arguments, cwd=ROOT)
+    (case,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    found = case["contenders"]["before fp32"]
+    assert found["runs_per_round"] == 2 and sorted(found["samples"])[1] > 0.08
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +393,7 @@ def test_cases_of_the_arguments():
     )
     names = list(next(iter(benchmark.cases(args))).contenders)
     assert names[:4] == ["ours fp32", "before fp32", "ours bf16", "before bf16"]
-    assert "torchvision fp32" not in names and "matmul bf16" in names
+    assert "torchvision fp32" not in names and "arithmetic bf16" in names
 
 
 def test_another_checkout_is_not_mixed_with_an_installed_one(tmp_path):

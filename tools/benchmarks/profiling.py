@@ -72,12 +72,23 @@ def _warned_lines(run) -> collections.Counter:
 def _called_lines(run) -> collections.Counter:
     """Python lines of the operations of a CPU run that would synchronise on a GPU."""
     import torch
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     aten = torch.ops.aten
-    waiting = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount)
+    waiting = (
+        aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten._unique2,
+        aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave,
+    )  # fmt: skip
     indexing = (aten.index, aten.index_put_, aten.index_put)
+    reading = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)  # no operations on a CPU
     counter = collections.Counter()
+
+    class WatchReading(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in reading:
+                counter[f"{_caller()}: {function.__name__}"] += 1
+            return function(*args, **(kwargs or {}))
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -90,7 +101,7 @@ def _called_lines(run) -> collections.Counter:
                 counter[f"{_caller()}: {name}"] += 1
             return function(*args, **(kwargs or {}))
 
-    with Watch():
+    with Watch(), WatchReading():
         run()
     return counter
 

@@ -14,7 +14,7 @@ PARTS = {
     "train-step": ("losses",),
     "train-loop": ("train-step",),
 }
-MACHINE = ("matmul", "copy")  # contenders that only measure the machine's rates
+MACHINE = ("arithmetic", "copy")  # contenders that only measure the machine's rates
 
 
 def label(contender: str, dtype: str) -> str:
@@ -22,7 +22,7 @@ def label(contender: str, dtype: str) -> str:
 
 
 def machine_rates(contenders: Dict[str, Dict]) -> Dict[str, float]:
-    """FLOP/s of a matrix product by dtype, and as ``copy`` bytes read and written per second, of
+    """FLOP/s by dtype, and as ``copy`` bytes read and written per second, of
     those that were measured in turns with the contenders: by the median."""
     rates = {}
     for name, x in contenders.items():
@@ -44,7 +44,7 @@ def network_limit(
     """
     moved = BYTES[dtype] * (cost["values"] * batch_size + cost["weights"])
     times = {
-        "matmul": cost["flops"] * batch_size / rates[dtype],
+        "arithmetic": cost["flops"] * batch_size / rates[dtype],
         "copy": moved / rates["copy"],
     }
     by = max(times, key=times.get)

@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 import traceback
-from typing import Dict
+from typing import Dict, Iterator, List
 
 from benchmarks.report import MACHINE
 
@@ -83,12 +84,22 @@ def contend(connection, spec: Dict, warmup: int, min_seconds: float) -> None:
                 torch.cuda.synchronize()
             return (time.perf_counter() - start) / count
 
+        def receive() -> str:
+            with _stopped(multiprocessing.active_children()):
+                return connection.recv()
+
         connection.send(("ready", work.images))
-        count = 1
-        while (message := connection.recv()) != "finish":
+        count, workers = 1, max(1, spec["workers"])
+        while (message := receive()) != "finish":
             if message == "warm up":
                 seconds = [run(1) for _ in range(warmup)][-1]
+                if work.batches is not None:
+                    for _ in range(2 * workers):  # read ahead while the network was warming up
+                        next(work.batches)
+                    seconds = run(workers)
                 count = min(1000, math.ceil(min_seconds / seconds) or 1)
+                if work.batches is not None:  # the processes may deliver theirs at the same time
+                    count = math.ceil(count / workers) * workers
             else:
                 seconds = run(count)
             connection.send(("time", seconds))
@@ -100,6 +111,18 @@ def contend(connection, spec: Dict, warmup: int, min_seconds: float) -> None:
         connection.send(("done", {**info, "found": work.describe()}))
     except Exception:
         connection.send(("error", traceback.format_exc()))
+
+
+@contextlib.contextmanager
+def _stopped(processes: List) -> Iterator[None]:
+    """A loader's own processes: while others are timed they neither take cores nor read ahead."""
+    for process in processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGCONT)
 
 
 def prepare(connection, args, folder: str, for_mmdet: bool) -> None:
@@ -128,6 +151,8 @@ def prepare_files(args, folder: str, for_mmdet: bool) -> Dict:
     from benchmarks.definitions import config, definition, write_weights
 
     folder, device = Path(folder), args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: torch finds no GPU")
     for name in args.models:
         config(name, device, *args.opts)  # a wrong key shows before all is measured
     count = args.images if {"data", "train-loop"} & set(args.tasks) else max(args.batch_sizes)

@@ -1,5 +1,6 @@
 """MMDetection's models, pipelines and training."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
@@ -84,7 +85,8 @@ class MMDetection(Contender):
     def train_loop(self) -> Work:
         from mmengine.dataset import pseudo_collate
 
-        return self._step(endless(self.dataset(), self.spec, pseudo_collate))
+        batches = endless(self.dataset(), self.spec, pseudo_collate)
+        return dataclasses.replace(self._step(batches), batches=batches)
 
     def predict(self) -> Work:
         from mmengine.dataset import Compose, pseudo_collate

@@ -1,5 +1,6 @@
 """This project."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -123,7 +124,8 @@ class Ours(Contender):
         from ssd.data.loader import build_train_loader
 
         cfg = self.files_config(self.spec.workers)
-        return self._training(cfg, build_train_loader(cfg))
+        batches = iter(build_train_loader(cfg))
+        return dataclasses.replace(self._training(cfg, batches), batches=batches)
 
     def _inference_model(self) -> nn.Module:
         from ssd.inference import optimize

@@ -1,5 +1,6 @@
 """torchvision's models, transforms and training."""
 
+import dataclasses
 import itertools
 from typing import Dict, List, Tuple
 
@@ -60,7 +61,8 @@ class Torchvision(Contender):
         return self._step(itertools.repeat(([x["image"] for x in batch], targets)))
 
     def train_loop(self) -> Work:
-        return self._step(endless(self.dataset(), self.spec, lambda batch: tuple(zip(*batch))))
+        batches = endless(self.dataset(), self.spec, lambda batch: tuple(zip(*batch)))
+        return dataclasses.replace(self._step(batches), batches=batches)
 
     def predict(self) -> Work:
         model, images, found = self.model().eval(), self.images(), []
