@@ -220,6 +220,20 @@ def test_late_pool_gives_conv5_the_resolution_of_conv4():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("late_pool", [False, True])
+def test_pools_of_a_training_keep_no_indices_and_have_the_same_gradients(late_pool):
+    vgg, images, found = VGG16(late_pool=late_pool), torch.randn(2, 3, 75, 61), []
+    for mode in (True, False):
+        kept = set()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.add(x.dtype) or x, lambda x: x
+        ):
+            loss = sum(x.square().sum() for x in vgg.train(mode)(images).values())
+        assert (torch.int64 in kept) == (not mode)
+        found.append(torch.autograd.grad(loss, list(vgg.parameters())))
+    assert all(map(torch.equal, *found))
+
+
 def test_squeeze_first_reaches_every_block_that_squeezes():
     with torch.device("meta"):
         network = build("mobilenetv3", ["conv2"], "MODEL.MOBILENET.SQUEEZE_FIRST", True)
