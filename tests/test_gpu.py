@@ -15,6 +15,7 @@ from ssd.cuda_graph import CudaGraph
 from ssd.data.loader import build_train_loader
 from ssd.engine import Trainer, TrainingStep
 from ssd.inference import optimize
+from ssd.modeling import VGG16
 from ssd.modeling.postprocessing import _nms_per_class, _nms_without_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -175,6 +176,15 @@ def test_a_step_never_waits_and_masks_its_own_update(tiny_cfg, dtype):
         assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters()))
         with pytest.raises(FloatingPointError, match="6.jpg"):
             step.run_step()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pools_of_a_training_keep_no_indices(training):
+    vgg, kept = VGG16().cuda().train(training), set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.add(x.dtype) or x, lambda x: x):
+        outputs = vgg(torch.randn(1, 3, 64, 64, device="cuda"))
+    assert (torch.int64 in kept) == (not training)
+    sum(x.sum() for x in outputs.values()).backward()
 
 
 def test_a_first_update_that_is_masked_leaves_finite_weights(tiny_cfg):
