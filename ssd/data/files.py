@@ -104,7 +104,7 @@ def read_image(
     """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT: 'RGB' or 'BGR', got {image_format!r}")
-    if os.path.exists(file_name) and not os.path.isfile(file_name):
+    if not os.path.isfile(file_name) and os.path.exists(file_name):
         raise ValueError(f"image {file_name} is no regular file")
     try:
         reader = PathManager.open if "://" in str(file_name) else open
