@@ -7,6 +7,7 @@ import pytest
 from catalog import COCO, VOC, YOLO, clean_catalog, make_cfg  # noqa: F401
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from torch import nn
 
 from ssd.data import shapes
 from ssd.data.boxes import find_box_defects
@@ -206,13 +207,14 @@ def test_check_class_count(tmp_path, monkeypatch):
     check_class_count(other)
     with monkeypatch.context() as patch:
         classes = {"MyRetinaNet": type("MyRetinaNet", (RetinaNet,), {})}
-        classes["MySSD"] = type("MySSD", (SSD,), {"__module__": "detectron2_own"})
+        classes["MySSD"] = type("MySSD", (SSD,), {"__module__": "detectron2.own"})
+        classes["Own"] = type("Own", (nn.Module,), {"__module__": "detectron2_own"})
         patch.setattr(META_ARCH_REGISTRY, "_obj_map", {"SSD": SSD, **classes})
         other.MODEL.META_ARCHITECTURE = "MyRetinaNet"
         check_class_count(other)
-        other.MODEL.META_ARCHITECTURE = "MySSD"
-        with pytest.raises(ValueError, match="MODEL.SSD.NUM_CLASSES is 80"):
-            check_class_count(other)
+        for other.MODEL.META_ARCHITECTURE in ("MySSD", "Own"):
+            with pytest.raises(ValueError, match="MODEL.SSD.NUM_CLASSES is 80"):
+                check_class_count(other)
     other.MODEL.META_ARCHITECTURE = "of one's own"  # perhaps an SSD in a function or a module
     with pytest.raises(ValueError, match="MODEL.SSD.NUM_CLASSES is 80"):
         check_class_count(other)
