@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import weakref
-from typing import Dict, Iterator, List, Optional
+from typing import IO, Dict, List, Optional
 
 import torch
 import yaml
@@ -75,6 +75,7 @@ def setup(args):
     """The config of the command line's arguments; logs it and the environment.
 
     Writes it to OUTPUT_DIR/config.yaml; an evaluation in a training's folder keeps the training's.
+    No other process can train there from then until this one's training or process ends.
     ``MODEL.WEIGHTS zoo://NAME`` without ``--config-file`` brings the config of these weights.
 
     Raises:
@@ -91,8 +92,7 @@ def setup(args):
         cfg = load_config(args.config_file, args.opts)
     _check_output_dir(cfg.OUTPUT_DIR)
     if not args.eval_only:
-        with _only_training_in(cfg.OUTPUT_DIR):  # before a file of another one is replaced
-            pass
+        _lock(cfg.OUTPUT_DIR)  # before a file of another one is replaced
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ssd")
     path, kept = os.path.join(cfg.OUTPUT_DIR, "config.yaml"), ""
     if args.eval_only and comm.is_main_process() and holds_training(cfg.OUTPUT_DIR):
@@ -121,22 +121,31 @@ def _check_output_dir(folder: str) -> None:
         raise type(error)(f"OUTPUT_DIR {folder!r} can't be written: {error}") from None
 
 
-@contextlib.contextmanager
-def _only_training_in(folder: str) -> Iterator[None]:
-    """Keeps other processes from training in ``folder`` meanwhile, if its file system can."""
-    if fcntl is None or not comm.is_main_process():
-        yield
+_locks: Dict[str, IO] = {}  # by path; to close another open file of it would end the lock
+
+
+def _lock(folder: str) -> None:
+    """Keeps other processes from training in ``folder`` until :func:`_unlock` or this one's end,
+    if its file system can."""
+    path = os.path.join(os.path.realpath(folder), ".lock")
+    if fcntl is None or not comm.is_main_process() or path in _locks:
         return
-    with open(os.path.join(folder, ".lock"), "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"OUTPUT_DIR {folder!r}: another process is training there; give this one another"
-            ) from None
-        except OSError:
-            pass
-        yield
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"OUTPUT_DIR {folder!r}: another process is training there; give this one another"
+        ) from None
+    except OSError:
+        pass
+    _locks[path] = file
+
+
+def _unlock(folder: str) -> None:
+    if file := _locks.pop(os.path.join(os.path.realpath(folder), ".lock"), None):
+        file.close()
 
 
 class Trainer(DefaultTrainer):
@@ -295,14 +304,14 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: another process is training in OUTPUT_DIR.
         """
+        _lock(self.cfg.OUTPUT_DIR)
         start = time.perf_counter()
         if self.seconds:  # once more, as in a notebook: the first time closed its writers
             for hook in self._hooks:
                 if isinstance(hook, PeriodicWriter):
                     hook._writers = self.build_writers()
         try:
-            with _only_training_in(self.cfg.OUTPUT_DIR):
-                TrainerBase.train(self, self.start_iter, self.max_iter)
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         except EarlyStop:
             pass
         except Exception:
@@ -310,6 +319,7 @@ class Trainer(DefaultTrainer):
             raise
         finally:
             self.seconds = time.perf_counter() - start
+            _unlock(self.cfg.OUTPUT_DIR)
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
         return self._last_eval_results

@@ -380,11 +380,32 @@ sys.stdin.read()
         )
         return subprocess.run([sys.executable, "-c", code, f"{cfg.OUTPUT_DIR}/.lock"]).returncode
 
+    setup(argument_parser().parse_args(args))
+    assert refused()  # from then on, not only once the data are read
     during, trainer = [], Trainer(cfg)
     trainer.register_hooks([HookBase()])
     trainer._hooks[-1].after_step = lambda: during.append(refused())
     trainer.train()
     assert during[0] and not refused()
+
+
+def test_a_training_that_is_refused_saves_nothing(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()")
+    trainer = Trainer(cfg)
+    batch = next(iter(trainer._trainer.data_loader))
+    trainer._trainer._data_loader_iter_obj = iter([batch] * 3)
+    with pytest.raises(StopIteration):
+        trainer.train()
+    assert saved(cfg) == {"model_0000002.pth"}
+    os.remove(f"{cfg.OUTPUT_DIR}/model_0000002.pth")
+
+    def lockf(*args):
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(ValueError, match="another process"):
+        trainer.train()
+    assert not saved(cfg)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOLCK, errno.ENOSYS])

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ssd.modeling.blocks import check_out_features, init_convolutions
 
@@ -87,13 +86,14 @@ class _MaxPool(torch.autograd.Function):
         return F.max_pool2d(x, *args)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
         (x,) = ctx.saved_tensors
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = F.max_pool2d(x, *ctx.args)
-        return (*torch.autograd.grad(y, x, gradient), *[None] * len(ctx.args))
+        again = torch.is_grad_enabled()
+        (gradient,) = torch.autograd.grad(y, x, gradient, create_graph=again)
+        return (gradient, *[None] * len(ctx.args))
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, **kwargs) -> Conv2d:

@@ -232,7 +232,8 @@ def test_pools_for_gpus_keep_no_indices_and_have_the_same_gradients(args):
         ):
             y = pool(x, *args)
         assert (torch.int64 in kept) == (pool is F.max_pool2d)
-        found.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+        (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        found.append((y, gradient, *torch.autograd.grad(gradient.square().sum(), x)))
     assert all(map(torch.equal, *found))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -231,9 +232,10 @@ def test_the_faster_of_torchvisions_chains_counts():
     assert ours["of_limit"] == pytest.approx(0.5)  # decoding takes half of it per image
 
 
-def test_limits_follow_from_rates_measured_in_turns():
-    case = result(ours_fp32=[0.2], arithmetic_fp32=[0.1, 0.2, 0.3], copy=[0.5])
-    case["contenders"]["arithmetic fp32"]["found"] = {"flops": 8e9}
+@pytest.mark.parametrize("rate", ["arithmetic", "matmul"])  # as older files have it
+def test_limits_follow_from_rates_measured_in_turns(rate):
+    case = result(ours_fp32=[0.2], copy=[0.5], **{f"{rate}_fp32": [0.1, 0.2, 0.3]})
+    case["contenders"][f"{rate} fp32"]["found"] = {"flops": 8e9}
     case["contenders"]["copy"]["found"] = {"bytes": 4e9}
     assert report.machine_rates(case["contenders"]) == {"fp32": 4e10, "copy": 8e9}
     ours = report.summarise(case, REPORT)["ours fp32"]
@@ -429,6 +431,22 @@ def test_a_task_without_contenders_is_left_out(capsys):
 def test_failing_process_is_told_not_waited_for():
     process = benchmark.Process(os._exit)  # the pipe's end is no exit code: TypeError
     assert process.ask() is None and "exit code 1" in process.error
+    process.close()
+
+
+class Dying(dict):
+    """A contender's spec: it dies while its loader's process, which has its pipe, is stopped."""
+
+    def __getitem__(self, key):
+        if not (loader := os.fork()):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os.waitpid(loader, os.WUNTRACED)
+        os._exit(3)
+
+
+def test_contender_that_dies_is_told_and_leaves_nothing():
+    process = benchmark.Process(worker.contend, Dying(), 1, 0.0)
+    assert process.ask() is None and "exit code 3" in process.error
     process.close()
 
 

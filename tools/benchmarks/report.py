@@ -14,7 +14,8 @@ PARTS = {
     "train-step": ("losses",),
     "train-loop": ("train-step",),
 }
-MACHINE = ("arithmetic", "copy")  # contenders that only measure the machine's rates
+# contenders that only measure the machine's rates; matmul: in older files
+MACHINE = ("arithmetic", "matmul", "copy")
 
 
 def label(contender: str, dtype: str) -> str:

@@ -58,6 +58,7 @@ def contend(connection, spec: Dict, warmup: int, min_seconds: float) -> None:
     Every answer is a tuple: ("ready", images per run), ("time", seconds per run), ("done",
     description), or ("error", traceback).
     """
+    os.setpgid(0, 0)  # if it dies, the system ends its loader's stopped processes
     sys.stdout = open(os.devnull, "w")  # COCO's tables
     try:
         set_up(spec["threads"], spec["code"])
