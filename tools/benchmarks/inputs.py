@@ -12,9 +12,7 @@ from detectron2.data.datasets import load_coco_json
 from lineages.rows import ROOT
 from torch import Tensor
 
-from ssd.data.boxes import xyxy_boxes
-from ssd.data.shapes import render_shapes
-from ssd.data.voc import read_voc
+# Nothing of ssd's is imported here: another checkout (--before) may not have it.
 
 SIZE = (480, 640)  # height and width of a JPEG
 QUALITY = 90
@@ -36,6 +34,8 @@ def write_images(folder: Path, count: int, num_classes: int, detailed: bool = Tr
     Returns:
         what they are.
     """
+    from ssd.data.boxes import xyxy_boxes
+
     (folder / "images").mkdir()
     records, what = _source(folder, count)
     rng = np.random.default_rng(0)
@@ -72,6 +72,9 @@ def _pink_noise(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
 
 
 def _source(folder: Path, count: int) -> Tuple[List[Dict], str]:
+    from ssd.data.shapes import render_shapes
+    from ssd.data.voc import read_voc
+
     for root in (os.environ.get("DETECTRON2_DATASETS", "datasets"), ROOT.parent / "shared/data"):
         bccd = Path(root) / "bccd"
         if bccd.is_dir():
