@@ -145,9 +145,9 @@ def render(rows: Dict[str, List[Row]], seconds: float) -> str:
         _conditions(seconds) + "\n",
         f"{equal} of {len(numbers)} differences are within their tolerance. A lab's own settings "
         "hold everywhere, without overrides but for device, weights and memory format "
-        "(`MODEL.SSD.CHANNELS_LAST False`, in which CPUs sum more exactly; a row has the labs' "
-        "own format). All weights are random: no published weights were at hand, so no "
-        "published AP has been measured again.\n",
+        "(`MODEL.SSD.CHANNELS_LAST False`, in which CPUs sum more exactly; MMDetection's rows of "
+        "paths have the labs' own format). All weights are random: no published weights were at "
+        "hand, so no published AP has been measured again.\n",
         '"of mean": in units of a level\'s mean absolute value, worst level. "rel.": relative.\n',
     ]
     for section in SECTIONS:
