@@ -121,16 +121,16 @@ def _check_output_dir(folder: str) -> None:
         raise type(error)(f"OUTPUT_DIR {folder!r} can't be written: {error}") from None
 
 
-_locks: Dict[str, IO] = {}  # by path; to close another open file of it would end the lock
+_locks: Dict[str, IO] = {}  # by folder; to close another open file of one would end its lock
 
 
 def _lock(folder: str) -> None:
     """Keeps other processes from training in ``folder`` until :func:`_unlock` or this one's end,
     if its file system can."""
-    path = os.path.join(os.path.realpath(folder), ".lock")
-    if fcntl is None or not comm.is_main_process() or path in _locks:
+    real = os.path.realpath(folder)
+    if fcntl is None or not comm.is_main_process() or real in _locks:
         return
-    file = open(path, "a")
+    file = open(os.path.join(real, ".lock"), "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -140,11 +140,11 @@ def _lock(folder: str) -> None:
         ) from None
     except OSError:
         pass
-    _locks[path] = file
+    _locks[real] = file
 
 
 def _unlock(folder: str) -> None:
-    if file := _locks.pop(os.path.join(os.path.realpath(folder), ".lock"), None):
+    if file := _locks.pop(os.path.realpath(folder), None):
         file.close()
 
 
