@@ -19,6 +19,7 @@ BODY = "backbone.bottom_up."  # of our names
 IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 MAX_LEVELS = 8
 _PREDICTOR_BIAS = re.compile(r"head\.(cls|box)_predictors\.(\d+)(\.\d)?\.bias")
+_BEFORE_FIRST_MAP = re.compile(rf"{re.escape(BODY)}conv[1-4]_\d\.weight")  # of VGG16
 _FIRST_LAYERS = (f"{BODY}conv1_1", f"{BODY}conv1", f"{BODY}stem.conv1")
 
 
@@ -34,8 +35,8 @@ class Lineage:
         names: their layers to ours; a whole parameter's name goes before its layer's.
         background_first: the first output of a box is the background's; ours is the last.
         input_format: order of the input's channels.
-        input_std: of a classifier, by what it expects values in [0, 255] to be divided: the first
-            layer is scaled to ``MODEL.PIXEL_STD``. None: it isn't.
+        input_std: of a classifier, by what it expects values in [0, 255] to be divided: its first
+            layers are scaled to ``MODEL.PIXEL_STD``. None: they aren't.
         config: keys of the config and the values that a classifier was trained with, if they can
             differ. A detector's stand in its lab (:data:`ssd.checkpoint.published.PUBLISHED`).
         prepare: their parameters to those that ``names`` knows.
@@ -82,7 +83,7 @@ class Lineage:
                 std = self.input_std[:: 1 if input_format == self.input_format else -1]
                 scale = torch.tensor(pixel_std) / torch.tensor(std)
                 eps = self.config.get("MODEL.BATCH_NORM.EPS", 1e-5)
-                _scale_first_layer(result, first, scale, eps)
+                _scale_input(result, first, scale, eps)
         return result
 
     def from_ours(self, state: State) -> State:
@@ -177,17 +178,23 @@ def _roll_classes(state: State, by: int) -> None:
             state[name] = value.roll(by, dims=1).flatten(0, 1)
 
 
-def _scale_first_layer(state: State, name: str, scale: Tensor, eps: float) -> None:
-    """Multiplies what a convolution expects its input's channels to be divided by.
+def _scale_input(state: State, first: str, scale: Tensor, eps: float) -> None:
+    """Multiplies what the first convolution expects its input's channels to be divided by.
 
-    Where BatchNorm follows, the common part of the scale goes into its statistics: in the weights
-    it would change the size of a training step relative to theirs.
+    The channels' common part doesn't stay in its weights: at 1 / 58 of their size their gradient is
+    58 times as large, and the first step of training would undo them. It goes into the statistics
+    of the BatchNorm behind it, or over VGG16's convolutions up to conv4_3, an SSD's first map.
     """
-    if f"{name}.norm.running_var" in state:
-        common = scale.mean()
-        scale = scale / common
+    common = float(scale.mean())
+    state[f"{first}.weight"] = state[f"{first}.weight"].float() * (scale / common)[:, None, None]
+    if f"{first}.norm.running_var" in state:
         # float32: half precision's variances could overflow
-        mean, var = (state[f"{name}.norm.running_{x}"].float() for x in ("mean", "var"))
-        state[f"{name}.norm.running_mean"] = mean / common
-        state[f"{name}.norm.running_var"] = ((var + eps) / common**2 - eps).clamp(min=0)
-    state[f"{name}.weight"] = state[f"{name}.weight"].float() * scale[None, :, None, None]
+        mean, var = (state[f"{first}.norm.running_{x}"].float() for x in ("mean", "var"))
+        state[f"{first}.norm.running_mean"] = mean / common
+        state[f"{first}.norm.running_var"] = ((var + eps) / common**2 - eps).clamp(min=0)
+        return
+    layers = sorted(name[:-7] for name in state if _BEFORE_FIRST_MAP.fullmatch(name)) or [first]
+    for number, layer in enumerate(layers, 1):  # ReLU and max-pooling keep a factor
+        for leaf, factor in (("weight", 1 / len(layers)), ("bias", number / len(layers) - 1)):
+            if (name := f"{layer}.{leaf}") in state:
+                state[name] = state[name].float() * common**factor

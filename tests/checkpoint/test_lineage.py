@@ -11,7 +11,7 @@ from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_l
 from weights import mmdet_shapes
 
 from ssd import model_zoo
-from ssd.checkpoint.lineage import BODY, Lineage, _scale_first_layer, heads
+from ssd.checkpoint.lineage import BODY, Lineage, _scale_input, heads
 from ssd.checkpoint.published import PUBLISHED
 from ssd.checkpoint.recognition import BACKBONES, DETECTORS, recognise
 from ssd.config import load_config
@@ -153,7 +153,7 @@ def test_a_scaled_first_layer_has_the_same_output_behind_its_norm():
     state["c.norm.running_var"] = torch.tensor([1e-3, 1e-2, 0.1, 1.0])
     scale = torch.tensor([0.02, 0.025, 0.03])
     scaled = dict(state)
-    _scale_first_layer(scaled, "c", scale, 1e-3)
+    _scale_input(scaled, "c", scale, 1e-3)
 
     def output(x, state):
         norm = (state["c.norm.running_mean"], state["c.norm.running_var"])

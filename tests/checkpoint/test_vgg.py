@@ -115,10 +115,10 @@ def test_conversion_leaves_the_files_tensors_as_they_are(assert_equal):
 def test_torchvision_weights_fit_the_backbone(torchvision_state):
     lineage = recognise(torchvision_state)
     assert lineage.title == "torchvision's VGG16, fc6 and fc7 subsampled"
-    result = lineage.to_ours(torchvision_state)
+    result = lineage.to_ours(torchvision_state, "RGB", (58.395, 57.12, 57.375))
     found = {name: x.shape for name, x in result.items() if name.startswith(OURS)}
     assert found == shapes_of_ours()
-    for index, name in ((2, "conv1_2"), (28, "conv5_3")):
+    for index, name in ((0, "conv1_1"), (2, "conv1_2"), (28, "conv5_3")):
         expected = torchvision_state[f"features.{index}.weight"]
         assert torch.equal(result[f"{OURS}{name}.weight"], expected)
     assert set(result) - set(found) == {"classifier.6.weight", "classifier.6.bias"}
@@ -184,48 +184,85 @@ def test_caffes_full_and_reduced_files_are_told_apart():
         assert lineage.title == f"Caffe's {title}"
         state["conv1_1.weight"] = torch.ones(2, 3, 3, 3)  # for an input that nothing divides
         first = lineage.to_ours(state, "BGR", (2.0, 3.0, 4.0))[f"{OURS}conv1_1.weight"]
-        assert first[0, :, 0, 0].tolist() == [2.0, 3.0, 4.0]
+        assert (2 * first[0, :, 0, 0] / first[0, 0, 0, 0]).tolist() == pytest.approx([2, 3, 4])
 
 
 @pytest.mark.parametrize("std", [(1.0, 1.0, 1.0), (58.0, 57.0, 56.0)])
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_first_layer_gives_torchvisions_output(torchvision_state, order, std):
-    """On (image - mean) / PIXEL_STD as on torchvision's input, away from the padded border."""
-    rgb = torch.randint(0, 256, (1, 3, 12, 12), generator=torch.Generator().manual_seed(0)).float()
+def test_maps_are_torchvisions(torchvision_state, order, std):
+    """On (image - mean) / PIXEL_STD as on torchvision's input."""
+    rgb = torch.randint(0, 256, (1, 3, 48, 48), generator=torch.Generator().manual_seed(0)).float()
     theirs = (rgb / 255 - MEAN[:, None, None]) / STD[:, None, None]
-    expected = F.conv2d(theirs, torchvision_state["features.0.weight"])
+    with torch.device("meta"):
+        features = vgg16(weights=None).features
+    names = [name for name in torchvision_state if name.startswith("features.")]
+    state = {name.removeprefix("features."): torchvision_state[name] for name in names}
+    features.load_state_dict(state, assign=True)
 
     image, mean = rgb, 255 * MEAN
     if order == "BGR":
         image, mean = image.flip(1), mean.flip(0)
     image = (image - mean[:, None, None]) / torch.tensor(std)[:, None, None]
-    result = recognise(torchvision_state).to_ours(torchvision_state, order, std)
-    actual = F.conv2d(image, result[OURS + "conv1_1.weight"])
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    maps = backbone(torchvision_state, order, std)(image)
+    for name, layers in (("conv4_3", 23), ("conv5_3", 30)):
+        with torch.no_grad():
+            expected = features[:layers](theirs)
+        assert expected.std() > 1e-3, "something must be seen"
+        torch.testing.assert_close(maps[name], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_first_layer_of_reduced_fc_for_bgr_and_another_scale():
+def backbone(state, order, std):
+    model = VGG16(out_features=("conv4_3", "conv5_3"))
+    result = recognise(state).to_ours(state, order, std)
+    model.load_state_dict({name: result[OURS + name] for name in model.state_dict()})
+    return model
+
+
+def test_another_scale_of_the_input_leaves_no_layer_alone_in_its_step(torchvision_state):
+    """A step of training, by the size of what it changes, grows by the same factor in each layer:
+    with all of the scale in conv1_1 it would there be 58² times as large."""
+    torch.manual_seed(0)
+    image, steps = torch.randn(1, 3, 32, 32), []
+    for scale in (1.0, 58.0):
+        model = backbone(torchvision_state, "RGB", (255 * STD / scale).tolist())
+        maps = model(scale * image)
+        sum(x.square().sum() for x in maps.values()).backward()
+        steps.append(
+            {
+                name: (x.grad.norm() / x.norm()).item()
+                for name, x in model.named_parameters()
+                if name.endswith("weight") and name.startswith("conv")
+            }
+        )
+    own, scaled = steps
+    for name, step in own.items():
+        factor = 1.0 if name.startswith("conv5") else 58**0.2
+        assert scaled[name] / step == pytest.approx(factor, rel=1e-2), name
+
+
+def test_reduced_fc_for_bgr_and_another_scale():
     state = reduced_fc("")
+    state["0.weight"] = state["0.weight"] + 1.0  # none is 0
     result = recognise(state).to_ours(state, "BGR", (2.0, 3.0, 4.0))
     first, theirs = result[OURS + "conv1_1.weight"], state["0.weight"]
     # our blue, channel 0, is divided by 2; the file's blue is channel 2
-    for ours, scale, channel in ((0, 2, 2), (1, 3, 1), (2, 4, 0)):
-        assert torch.equal(first[:, ours], scale * theirs[:, channel])
+    factors = [first[:, ours] / theirs[:, channel] for ours, channel in ((0, 2), (1, 1), (2, 0))]
+    for factor, scale in zip(factors, (2, 3, 4)):
+        torch.testing.assert_close(factor, scale / 3 * torch.full_like(factor, 3**0.1))
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_torchvisions_features_for_ssd_are_scaled_by_pixel_std_alone(features_state, order):
     lineage = recognise(features_state)
     assert "features for SSD" in lineage.title and "fc6 and fc7 stay fresh" in lineage.title
-    result = lineage.to_ours(features_state, order, (2.0, 3.0, 4.0))
+    result = lineage.to_ours(features_state, order)
     names = {name for name in shapes_of_ours() if not name.startswith(OURS + "fc")}
     assert {name for name in result if name.startswith(OURS)} == names
     # the rest is left to be named as unused
     classifier = {name for name in features_state if name.startswith("classifier.")}
     assert set(result) == names | classifier
     first, theirs = result[OURS + "conv1_1.weight"], features_state["features.0.weight"]
-    for ours, scale in enumerate((2, 3, 4)):
-        assert torch.equal(first[:, ours], scale * theirs[:, ours if order == "RGB" else 2 - ours])
+    assert torch.equal(first, theirs if order == "RGB" else theirs.flip(1))
     assert torch.equal(result[OURS + "conv5_3.bias"], features_state["features.28.bias"])
 
 
