@@ -212,6 +212,7 @@ BOXES: Dict[str, List[Boxes]] = {
             _RATIOS_512,
         )
     ],
+    "bccd_ssd_vgg16_size300": [_COCO_300],
     "bccd_ssdlite_mobilenetv2": [
         _own(
             _square(40, 20, 10, 5, 3),
