@@ -43,7 +43,7 @@ def _schedule(cfg) -> str:
     epochs = bool(solver.MAX_EPOCHS)
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         return f"cosine, each {solver.COSINE_STEP if epochs else 'iteration'}"
-    steps = solver.STEPS_EPOCHS if epochs else [f"{step // 1000}k" for step in solver.STEPS]
+    steps = solver.STEPS_EPOCHS if epochs else [f"{_number(step / 1000)}k" for step in solver.STEPS]
     return f"×{_number(solver.GAMMA)} at {', '.join(map(str, steps))}"
 
 
