@@ -146,8 +146,8 @@ def render(rows: Dict[str, List[Row]], seconds: float) -> str:
         f"{equal} of {len(numbers)} differences are within their tolerance. A lab's own settings "
         "hold everywhere, without overrides but for device, weights and memory format "
         "(`MODEL.SSD.CHANNELS_LAST False`, in which CPUs sum more exactly; MMDetection's rows of "
-        "paths have the labs' own format). All weights are random: no published weights were at "
-        "hand, so no published AP has been measured again.\n",
+        "paths have the labs' own format). All weights are random: no published SSD's weights were "
+        "at hand, so no published AP has been measured again.\n",
         '"of mean": in units of a level\'s mean absolute value, worst level. "rel.": relative.\n',
     ]
     for section in SECTIONS:
